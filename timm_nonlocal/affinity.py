@@ -1,0 +1,164 @@
+"""How strongly positions relate: kernels K, normalisers C and affinities A = C⁻¹K.
+
+The four pairwise functions of Wang, Girshick, Gupta, He, "Non-local Neural Networks" (CVPR 2018), section 3.2, and
+two controls without which no gain can be called nonlocal. An affinity is a module: `forward(q, k)` gives A from the
+embedded features of the queries and the keys, `difference(a, z)` the nonlocal operator of eq. (14) in Tao, Du, Sun,
+Liu (NeurIPS 2018), Σⱼ Aᵢⱼ (Zⱼ - Zᵢ).
+
+Shapes: B images, M positions, D embedding channels, C channels of whatever A is applied to.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Affinity(nn.Module):
+    """What every affinity shares. Rows are positions, and rows of A sum to one unless a class says otherwise.
+
+    Args:
+        dim: D, the width of the embedded features.
+        symmetric: the keys are the queries (eq. (13)), so that K is a symmetric matrix.
+        scale: factor on the inner product of two features; None takes the kernel's own default.
+        normalize: 'row_sum' (Cᵢ = Σⱼ Kᵢⱼ, eq. (4) and (9)) or 'positions' (Cᵢ = M); None takes the kernel's own.
+
+    Raises:
+        ValueError: the kernel cannot be normalised as asked.
+    """
+
+    embedded = True  # learns θ (and φ) in front of the kernel
+    normalize = 'row_sum'
+    reason = ''  # why the other normaliser is refused
+
+    def __init__(
+            self,
+            dim: int,
+            symmetric: bool = False,
+            scale: Optional[float] = None,
+            normalize: Optional[str] = None,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        if normalize not in (None, self.normalize):
+            why = self.reason or "it is one of 'row_sum' and 'positions'"
+            raise ValueError(f"normalize={normalize!r} does not fit {type(self).__name__}: {why}; "
+                             f"use normalize={self.normalize!r}")
+        self.scale = self.default_scale(dim) if scale is None else float(scale)
+
+    @staticmethod
+    def default_scale(dim: int) -> float:
+        return 1.0
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        """A, (B, M, M) or broadcastable to it, from queries and keys, both (B, M, D)."""
+        raise NotImplementedError
+
+    def difference(self, a: Tensor, z: Tensor) -> Tensor:
+        """Σⱼ Aᵢⱼ (Zⱼ - Zᵢ), eq. (14), for a from `forward` and z (B, M, C): (B, M, C)."""
+        return a @ z - z  # rows of A sum to one
+
+    def extra_repr(self) -> str:
+        return f'scale={self.scale:.4g}, normalize={self.normalize}'
+
+
+class Gaussian(Affinity):
+    """ω(xᵢ, xⱼ) = exp(s xᵢ·xⱼ) over its row sum: a softmax over the keys. s defaults to 1/√D."""
+
+    embedded = False
+    reason = 'exp grows without bound, and only its row sum keeps it finite'
+
+    @staticmethod
+    def default_scale(dim: int) -> float:
+        return dim ** -0.5
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.softmax((q * self.scale) @ k.transpose(1, 2), dim=-1)  # (B, M, M)
+
+
+class EmbeddedGaussian(Gaussian):
+    """The Gaussian of embedded features, ω = exp(s θ(xᵢ)·φ(xⱼ)) over its row sum."""
+
+    embedded = True
+
+
+class Uniform(Affinity):
+    """Control: every position relates equally to every other, A = 1/M. The stage is then a centred 1×1 convolution."""
+
+    embedded = False
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return q.new_full((1, 1, q.shape[1]), 1.0 / q.shape[1])  # one row stands for all
+
+
+class Identity(Affinity):
+    """Control: every position relates to itself alone, A = I (the Dirac case of the paper's section 2.2)."""
+
+    embedded = False
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.eye(q.shape[1], device=q.device, dtype=q.dtype).unsqueeze(0)  # (1, M, M)
+
+
+class PerPosition(Affinity):
+    """Kernels normalised by M, as Wang et al. do. Their rows need not sum to one, so eq. (14) takes off the row sum."""
+
+    normalize = 'positions'
+
+    def difference(self, a: Tensor, z: Tensor) -> Tensor:
+        return a @ z - a.sum(dim=-1, keepdim=True) * z  # (KZ)ᵢ/Cᵢ - (dᵢ/Cᵢ) Zᵢ
+
+
+class DotProduct(PerPosition):
+    """ω(xᵢ, xⱼ) = s θ(xᵢ)·φ(xⱼ) over M. s defaults to 1."""
+
+    reason = 'a dot product takes both signs, so its row sums come near zero or below it'
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q * (self.scale / q.shape[1])) @ k.transpose(1, 2)  # (B, M, M)
+
+
+class Concatenation(PerPosition):
+    """ω(xᵢ, xⱼ) = ReLU(s w·[θ(xᵢ), φ(xⱼ)]) over M. Symmetric: both halves of w are the same. s defaults to 1."""
+
+    reason = 'ReLU can set a whole row to zero'
+
+    def __init__(
+            self,
+            dim: int,
+            symmetric: bool = False,
+            scale: Optional[float] = None,
+            normalize: Optional[str] = None,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(dim, symmetric, scale, normalize)
+        self.weight = nn.Parameter(torch.empty(1 if symmetric else 2, dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        w = self.weight * (self.scale / q.shape[1])
+        rows, columns = q @ w[0], k @ w[-1]  # (B, M) each: w·[θ, φ] splits into a sum
+        return F.relu(rows.unsqueeze(2) + columns.unsqueeze(1))  # (B, M, M)
+
+
+AFFINITIES = {
+    'embedded_gaussian': EmbeddedGaussian,
+    'gaussian': Gaussian,
+    'dot_product': DotProduct,
+    'concatenation': Concatenation,
+    'uniform': Uniform,
+    'identity': Identity,
+}
+
+
+def affinity_class(name: str) -> type[Affinity]:
+    """The class of an affinity by its name. Raises ValueError, naming the known ones."""
+    if name not in AFFINITIES:
+        raise ValueError(f'affinity={name!r} is unknown: use one of {", ".join(AFFINITIES)}')
+    return AFFINITIES[name]

@@ -1,0 +1,206 @@
+"""The original nonlocal block, eq. (1), and the nonlocal stage, eq. (8)-(9).
+
+Tao, Du, Sun, Liu, "Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling", NeurIPS 2018. Neither has a
+normalisation, an activation or a bias: both are linear in Z once the affinity is known, and what they learn is read
+from the spectrum of W = W_Z W_g alone.
+
+Shapes: X is (B, C, *grid) outside and (B, M, C) inside, with M positions; C' is `inner_dim`, C/2 by default.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .affinity import affinity_class
+
+INITS = ('xavier_normal', 'kaiming_normal', 'torch', 'normal', 'zero')
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'{name}={value!r}: it must be a whole number of at least 1')
+    return value
+
+
+def _half(dim: int) -> int:
+    if _positive('dim', dim) % 2:
+        raise ValueError(f"dim={dim} is odd, so that C' = dim/2 is not whole: use an even dim, or give inner_dim")
+    return dim // 2
+
+
+def _linear(dim: int, out_dim: int, init: str, dd: dict) -> nn.Linear:
+    """A bias-free map whose weight is drawn by one of INITS ('zero' is for W_Z alone)."""
+    linear = nn.Linear(dim, out_dim, bias=False, **dd)  # torch's own draw
+    if init == 'xavier_normal':
+        nn.init.xavier_normal_(linear.weight)
+    elif init == 'kaiming_normal':
+        nn.init.kaiming_normal_(linear.weight, mode='fan_out', nonlinearity='relu')
+    elif init == 'normal':
+        nn.init.normal_(linear.weight, std=0.01)
+    elif init == 'zero':
+        nn.init.zeros_(linear.weight)
+    elif init != 'torch':
+        raise ValueError(f'init={init!r} is unknown: use one of {", ".join(INITS)}')
+    return linear
+
+
+def _positions(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
+
+
+def _grid(z: Tensor, like: Tensor) -> Tensor:
+    return z.transpose(1, 2).reshape(like.shape)  # (B, M, C) -> (B, C, *grid)
+
+
+class SubBlock(nn.Module):
+    """The weight W = W_Z W_g of one block or sub-block: `g` is W_g, (C', C), and `z` is W_Z, (C, C')."""
+
+    def __init__(self, dim: int, inner_dim: int, init: str = 'xavier_normal', device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.g = _linear(dim, inner_dim, 'xavier_normal' if init == 'zero' else init, dd)
+        self.z = _linear(inner_dim, dim, init, dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X Wᵀ, (B, M, C) to (B, M, C)."""
+        return self.z(self.g(x))
+
+
+class _Nonlocal(nn.Module):
+    """The part that block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
+
+    def __init__(self, dim: int, inner_dim: int, affinity: str, symmetric: bool, scale, normalize, init: str, dd: dict):
+        super().__init__()
+        kernel = affinity_class(affinity)
+        draw = 'xavier_normal' if init == 'zero' else init
+        self.theta = _linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
+        self.phi = _linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
+        self.affinity = kernel(inner_dim if kernel.embedded else dim, symmetric, scale, normalize, **dd)
+
+    def relate(self, x: Tensor) -> Tensor:
+        """A(X), (B, M, M) or broadcastable to it, from X (B, M, C)."""
+        q = self.theta(x)
+        k = q if self.phi is None else self.phi(x)
+        return self.affinity(q, k)
+
+
+class NonlocalBlock(_Nonlocal):
+    """The original block, eq. (1): Z = X + A(X) X Wᵀ with W = W_Z W_g.
+
+    Args:
+        dim: C, the number of channels.
+        inner_dim: C', the width of θ, φ and W_g; None takes C/2.
+        affinity: one of `timm_nonlocal.affinity.AFFINITIES`.
+        symmetric: φ = θ, eq. (13).
+        scale: factor on the kernel's inner product; None takes the kernel's default (1/√C' for the Gaussians).
+        normalize: 'row_sum', 'positions' or None for the kernel's own.
+        init: how θ, φ, W_g and W_Z are drawn, one of `INITS`; 'zero' zeroes W_Z, so that the block is the identity.
+
+    Raises:
+        ValueError: an odd dim without inner_dim, an unknown name, or a normaliser that the kernel does not have.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            inner_dim: Optional[int] = None,
+            affinity: str = 'embedded_gaussian',
+            symmetric: bool = False,
+            scale: Optional[float] = None,
+            normalize: Optional[str] = None,
+            init: str = 'xavier_normal',
+            device=None,
+            dtype=None,
+    ):
+        inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, inner_dim, affinity, symmetric, scale, normalize, init, dd)
+        weight = SubBlock(dim, inner_dim, init, **dd)
+        self.g, self.z = weight.g, weight.z
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
+        tokens = _positions(x)
+        return x + _grid(self.z(self.relate(tokens) @ self.g(tokens)), x)  # eq. (1)
+
+
+class NonlocalBlocks(nn.Module):
+    """k original blocks in a row, each with its own affinity of its own input: eq. (2) with eq. (3).
+
+    Args:
+        dim: C, the number of channels.
+        k: the number of blocks, at least 1.
+        kwargs: the arguments of `NonlocalBlock`.
+    """
+
+    def __init__(self, dim: int, k: int = 1, **kwargs):
+        super().__init__()
+        self.sub_blocks = nn.Sequential(*(NonlocalBlock(dim, **kwargs) for _ in range(_positive('k', k))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
+        return self.sub_blocks(x)
+
+
+class NonlocalStage(_Nonlocal):
+    """The proposed stage, eq. (8): Zⁿ⁺¹ = Zⁿ + (A(X) Zⁿ - Zⁿ) Wⁿᵀ for n < k, Z⁰ = X, with one affinity for all.
+
+    Args:
+        dim: C, the number of channels.
+        k: the number of sub-blocks, at least 1.
+        merged: compute with everything inside the stage C' wide (exact); False follows eq. (8) literally.
+        inner_dim, affinity, symmetric, scale, normalize, init: as in `NonlocalBlock`.
+
+    Raises:
+        ValueError: as `NonlocalBlock`, or k < 1.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            k: int = 1,
+            inner_dim: Optional[int] = None,
+            affinity: str = 'embedded_gaussian',
+            symmetric: bool = False,
+            scale: Optional[float] = None,
+            normalize: Optional[str] = None,
+            init: str = 'xavier_normal',
+            merged: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, inner_dim, affinity, symmetric, scale, normalize, init, dd)
+        self.sub_blocks = nn.ModuleList(SubBlock(dim, inner_dim, init, **dd) for _ in range(_positive('k', k)))
+        self.merged = merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
+        tokens = _positions(x)
+        a = self.relate(tokens)
+        return x + _grid(self._merged(a, tokens) if self.merged else self._plain(a, tokens), x)
+
+    def _plain(self, a: Tensor, x: Tensor) -> Tensor:
+        """Zᵏ - X as the paper writes it. a (B, M, M), x (B, M, C)."""
+        z = x
+        for sub_block in self.sub_blocks:
+            z = z + sub_block(self.affinity.difference(a, z))  # eq. (8)
+        return z - x
+
+    def _merged(self, a: Tensor, x: Tensor) -> Tensor:
+        """Zᵏ - X with A applied to C' channels: A acts on positions and W on channels, so the two commute.
+
+        With Gᵐ = Zᵐ W_gᵐᵀ and Hⁿ = A Gⁿ - Gⁿ, eq. (8) reads Zⁿ⁺¹ = Zⁿ + Hⁿ W_Zⁿᵀ: no Zⁿ between X and Zᵏ is needed.
+        """
+        w_g = [sub_block.g.weight for sub_block in self.sub_blocks]  # k of (C', C)
+        w_z = [sub_block.z.weight for sub_block in self.sub_blocks]  # k of (C, C')
+        g = list(F.linear(x, torch.cat(w_g)).chunk(len(w_g), dim=-1))  # X W_gᵐᵀ for all m, k of (B, M, C')
+        h = []
+        for n in range(len(g)):
+            h.append(self.affinity.difference(a, g[n]))
+            for m in range(n + 1, len(g)):
+                g[m] = g[m] + F.linear(h[n], w_g[m] @ w_z[n])  # (C', C')
+        return F.linear(torch.cat(h, dim=-1), torch.cat(w_z, dim=1))  # Σ Hⁿ W_Zⁿᵀ, (B, M, C)

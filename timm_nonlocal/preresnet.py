@@ -1,0 +1,300 @@
+"""CIFAR PreResNets of depth 9n+2 with nonlocal parts, and the names they are registered under.
+
+Backbone: the bottleneck pre-activation ResNet of He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks"
+(ECCV 2016), as its authors' CIFAR code builds it. Nonlocal parts: Tao, Du, Sun, Liu, "Nonlocal Neural Networks,
+Nonlocal Diffusion and Nonlocal Modeling" (NeurIPS 2018), right after the second unit of a stage.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import create_classifier, get_device_dtype
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from .blocks import NonlocalBlocks, NonlocalStage
+
+__all__ = ['PreResNet']
+
+NONLOCAL = {'original': NonlocalBlocks, 'proposed': NonlocalStage}
+
+
+class Bottleneck(nn.Module):
+    """Pre-activation bottleneck: BN-ReLU before each convolution, the stride on the first 1×1.
+
+    Where the width changes, the first BN-ReLU serves both branches and the shortcut is a 1×1 convolution without BN.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_chs: int, width: int, stride: int = 1, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        out_chs = width * self.expansion
+        self.bn1 = nn.BatchNorm2d(in_chs, **dd)
+        self.conv1 = nn.Conv2d(in_chs, width, 1, stride, bias=False, **dd)
+        self.bn2 = nn.BatchNorm2d(width, **dd)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **dd)
+        self.bn3 = nn.BatchNorm2d(width, **dd)
+        self.conv3 = nn.Conv2d(width, out_chs, 1, bias=False, **dd)
+        changes = stride != 1 or in_chs != out_chs
+        self.downsample = nn.Conv2d(in_chs, out_chs, 1, stride, bias=False, **dd) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(y)
+        y = self.conv1(y)
+        y = self.conv2(F.relu(self.bn2(y)))
+        y = self.conv3(F.relu(self.bn3(y)))
+        return shortcut + y
+
+
+class PreResNet(nn.Module):
+    """Bottleneck PreResNet for 32×32 images, with original blocks or a proposed stage where asked.
+
+    Args:
+        depth: 9n+2, n units a stage.
+        nl: 'original' (eq. (1)), 'proposed' (eq. (8)) or None for the plain backbone.
+        nl_k: the number of blocks or sub-blocks at each place.
+        nl_stages: the stages, counted from 1, whose second unit is followed by a nonlocal part.
+        nl_args: further arguments of `NonlocalBlock` or `NonlocalStage`, such as {'affinity': 'uniform'}.
+        num_classes: 0 leaves the classifier out.
+        in_chans: channels of the image.
+        global_pool: 'avg', any other of timm's pooling types, or '' for none.
+        drop_rate: dropout in front of the classifier.
+
+    Raises:
+        ValueError: a depth that is not 9n+2 or has no second unit, or nonlocal arguments that do not fit.
+    """
+
+    def __init__(
+            self,
+            depth: int = 20,
+            nl: Optional[str] = None,
+            nl_k: int = 1,
+            nl_stages: Sequence[int] = (1,),
+            nl_args: Optional[Dict[str, Any]] = None,
+            num_classes: int = 10,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            drop_rate: float = 0.0,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        units = (depth - 2) // 9
+        if units < 1 or depth != 9 * units + 2:
+            raise ValueError(f'depth={depth} is not 9n+2: use 11, 20, 29, 56, …')
+        if nl is not None and nl not in NONLOCAL:
+            raise ValueError(f'nl={nl!r} is unknown: use one of {", ".join(NONLOCAL)}, or None')
+        if nl is not None and (units < 2 or not nl_stages or not set(nl_stages) <= {1, 2, 3}):
+            raise ValueError(f'a nonlocal part follows the second unit of stages 1, 2 or 3: '
+                             f'depth={depth} has {units} a stage, nl_stages={list(nl_stages)}')
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        chs = 16
+        self.conv1 = nn.Conv2d(in_chans, chs, 3, padding=1, bias=False, **dd)
+        self.feature_info = [dict(num_chs=chs, reduction=1, module='conv1')]
+        for stage, width in enumerate((16, 32, 64), start=1):
+            layer: OrderedDict[str, nn.Module] = OrderedDict()
+            for unit in range(units):
+                layer[str(unit)] = Bottleneck(chs, width, 2 if stage > 1 and unit == 0 else 1, **dd)
+                chs = width * Bottleneck.expansion
+                if nl is not None and stage in nl_stages and unit == 1:
+                    layer['nl'] = NONLOCAL[nl](chs, nl_k, **(nl_args or {}), **dd)
+            self.add_module(f'layer{stage}', nn.Sequential(layer))
+            self.feature_info.append(dict(num_chs=chs, reduction=2 ** (stage - 1), module=f'layer{stage}'))
+        self.norm = nn.BatchNorm2d(chs, **dd)
+        self.act = nn.ReLU()
+
+        self.num_features = chs
+        self.global_pool, self.fc = create_classifier(chs, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = chs * self.global_pool.feat_mult()
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """He fan-out for the convolutions, zero for the classifier's bias; nonlocal parts draw their own weights."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        if isinstance(self.fc, nn.Linear):
+            nn.init.zeros_(self.fc.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
+        return dict(stem=r'^conv1', blocks=r'^layer(\d+)' if coarse else [
+            (r'^layer(\d+)\.(\d+)', None),
+            (r'^layer(\d+)\.nl', (1,)),  # with the unit it follows
+            (r'^norm', (99999,)),
+        ])
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replaces the classifier, and the pooling unless global_pool is None; 0 classes or '' leave one out."""
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=pool, **get_device_dtype(self))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def _layer(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(layer, x)
+        return layer(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to features (B, 256, H/4, W/4), after the final BN-ReLU."""
+        x = self.conv1(x)
+        x = self._layer(self.layer1, x)
+        x = self._layer(self.layer2, x)
+        x = self._layer(self.layer3, x)
+        return self.act(self.norm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, 256, h, w) to logits (B, num_classes), or to what the classifier reads."""
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def _take_indices(self, indices: Optional[Union[int, List[int]]]) -> List[int]:
+        """Positions in `feature_info`: the last n if an int, all if None, else those listed (negative from the end)."""
+        levels = list(range(len(self.feature_info)))
+        if indices is None:
+            return levels
+        if isinstance(indices, int):
+            indices = range(-indices, 0)
+        if not indices or not all(-len(levels) <= index < len(levels) for index in indices):
+            raise ValueError(f'indices={indices!r}: there are {len(levels)} levels, {levels}')
+        return [levels[index] for index in indices]
+
+    def forward_intermediates(
+            self,
+            x: Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """The stem's and the stages' outputs (`feature_info`), before the final BN-ReLU unless norm is set.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the last n if an int, all if None, else those listed.
+            norm: apply the final BN-ReLU to the last stage's output, the only one it fits.
+            stop_early: stop after the last one asked for.
+            output_fmt: 'NCHW'.
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' is made")
+        take = self._take_indices(indices)
+        last = max(take)
+        x = self.conv1(x)
+        intermediates = [x] if 0 in take else []
+        for index in range(1, (last if stop_early else 3) + 1):
+            x = self._layer(getattr(self, f'layer{index}'), x)
+            if index in take:
+                intermediates.append(self.act(self.norm(x)) if norm and index == 3 else x)
+        if intermediates_only:
+            return intermediates
+        return (self.act(self.norm(x)) if last == 3 or not stop_early else x), intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Drops the stages after the last index asked for, and the final BN-ReLU and the head where told to."""
+        take = self._take_indices(indices)
+        last = max(take)
+        for index in range(last + 1, 4):
+            setattr(self, f'layer{index}', nn.Sequential())
+        if prune_norm or last < 3:
+            self.norm, self.act = nn.Identity(), nn.Identity()
+        if last < 3:
+            self.num_features = self.feature_info[last]['num_chs']
+        if prune_head or last < 3:
+            self.reset_classifier(0, '')
+        return take
+
+
+DATASETS = {  # number of classes, and the training images' mean colour, which stands for their mean image
+    'cifar10': (10, (0.4914, 0.4822, 0.4465)),
+    'cifar100': (100, (0.5071, 0.4865, 0.4409)),
+}
+
+
+def _architectures() -> Dict[str, Dict[str, Any]]:
+    """Every registered name with the arguments of its PreResNet."""
+    nets = {}
+    for depth in (20, 56):
+        name = f'preresnet{depth}'
+        nets[name] = dict(depth=depth)
+        for nl, most in (('original', 4), ('proposed', 6)):
+            for k in range(1, most + 1):
+                nets[f'{name}_nl_{nl}_k{k}'] = dict(depth=depth, nl=nl, nl_k=k)
+            nets[f'{name}_nl_{nl}_k1x3'] = dict(depth=depth, nl=nl, nl_stages=(1, 2, 3))
+    return nets
+
+
+def _cfg(architecture: str, dataset: str) -> Dict[str, Any]:
+    num_classes, mean = DATASETS[dataset]
+    weights = Path(__file__).with_name('weights') / f'{architecture}.{dataset}.safetensors'
+    return dict(
+        file=str(weights) if weights.is_file() else None,
+        num_classes=num_classes, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, interpolation='bicubic',
+        mean=mean, std=(1.0, 1.0, 1.0), first_conv='conv1', classifier='fc', license='apache-2.0',
+        paper_ids='arXiv:1806.00681',
+        paper_name='Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling',
+    )
+
+
+def _default_cfgs() -> Dict[str, Dict[str, Any]]:
+    cfgs = {}
+    for architecture, args in _architectures().items():
+        first = 'cifar10' if args['depth'] == 20 else 'cifar100'  # as in the paper; '*' marks the default tag
+        for dataset in sorted(DATASETS, key=lambda name: name != first):
+            cfgs[f'{architecture}.{dataset}{"*" if dataset == first else ""}'] = _cfg(architecture, dataset)
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_default_cfgs())  # timm looks for this very name
+
+
+def _entrypoint(name: str, model_args: Dict[str, Any]):
+    def create(pretrained: bool = False, **kwargs) -> PreResNet:
+        return build_model_with_cfg(
+            PreResNet, name, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), **{**model_args, **kwargs})
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = 'PreResNet-{depth}'.format(**model_args) + ''.join(
+        f', {key}={value}' for key, value in model_args.items() if key != 'depth')
+    return register_model(create)
+
+
+for _name, _args in _architectures().items():
+    globals()[_name] = _entrypoint(_name, _args)

@@ -1,0 +1,1 @@
+"""Training PreResNets on CIFAR with the paper's recipe."""
