@@ -6,8 +6,9 @@ Nonlocal Diffusion and Nonlocal Modeling" (NeurIPS 2018), right after the second
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ class PreResNet(nn.Module):
             nl: Optional[str] = None,
             nl_k: int = 1,
             nl_stages: Sequence[int] = (1,),
-            nl_args: Optional[Dict[str, Any]] = None,
+            nl_args: Optional[dict[str, Any]] = None,
             num_classes: int = 10,
             in_chans: int = 3,
             global_pool: str = 'avg',
@@ -129,7 +130,7 @@ class PreResNet(nn.Module):
             nn.init.zeros_(self.fc.bias)
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, str]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         return dict(stem=r'^conv1', blocks=r'^layer(\d+)' if coarse else [
             (r'^layer(\d+)\.(\d+)', None),
             (r'^layer(\d+)\.nl', (1,)),  # with the unit it follows
@@ -178,7 +179,7 @@ class PreResNet(nn.Module):
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
-    def _take_indices(self, indices: Optional[Union[int, List[int]]]) -> List[int]:
+    def _take_indices(self, indices: Optional[Union[int, list[int]]]) -> list[int]:
         """Positions in `feature_info`: the last n if an int, all if None, else those listed (negative from the end)."""
         levels = list(range(len(self.feature_info)))
         if indices is None:
@@ -192,12 +193,12 @@ class PreResNet(nn.Module):
     def forward_intermediates(
             self,
             x: Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
+            indices: Optional[Union[int, list[int]]] = None,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
-    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
         """The stem's and the stages' outputs (`feature_info`), before the final BN-ReLU unless norm is set.
 
         Args:
@@ -224,10 +225,10 @@ class PreResNet(nn.Module):
 
     def prune_intermediate_layers(
             self,
-            indices: Union[int, List[int]] = 1,
+            indices: Union[int, list[int]] = 1,
             prune_norm: bool = False,
             prune_head: bool = True,
-    ) -> List[int]:
+    ) -> list[int]:
         """Drops the stages after the last index asked for, and the final BN-ReLU and the head where told to."""
         take = self._take_indices(indices)
         last = max(take)
@@ -248,7 +249,7 @@ DATASETS = {  # number of classes, and the training images' mean colour, which s
 }
 
 
-def _architectures() -> Dict[str, Dict[str, Any]]:
+def _architectures() -> dict[str, dict[str, Any]]:
     """Every registered name with the arguments of its PreResNet."""
     nets = {}
     for depth in (20, 56):
@@ -261,7 +262,7 @@ def _architectures() -> Dict[str, Dict[str, Any]]:
     return nets
 
 
-def _cfg(architecture: str, dataset: str) -> Dict[str, Any]:
+def _cfg(architecture: str, dataset: str) -> dict[str, Any]:
     num_classes, mean = DATASETS[dataset]
     weights = Path(__file__).with_name('weights') / f'{architecture}.{dataset}.safetensors'
     return dict(
@@ -273,7 +274,7 @@ def _cfg(architecture: str, dataset: str) -> Dict[str, Any]:
     )
 
 
-def _default_cfgs() -> Dict[str, Dict[str, Any]]:
+def _default_cfgs() -> dict[str, dict[str, Any]]:
     cfgs = {}
     for architecture, args in _architectures().items():
         first = 'cifar10' if args['depth'] == 20 else 'cifar100'  # as in the paper; '*' marks the default tag
@@ -285,7 +286,7 @@ def _default_cfgs() -> Dict[str, Dict[str, Any]]:
 default_cfgs = generate_default_cfgs(_default_cfgs())  # timm looks for this very name
 
 
-def _entrypoint(name: str, model_args: Dict[str, Any]):
+def _entrypoint(name: str, model_args: dict[str, Any]):
     def create(pretrained: bool = False, **kwargs) -> PreResNet:
         return build_model_with_cfg(
             PreResNet, name, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), **{**model_args, **kwargs})

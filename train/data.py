@@ -92,7 +92,7 @@ def epoch_plan(count: int, seed: int, epoch: int) -> Tensor:
     ])
 
 
-def centre_plan(count: int) -> Tensor:
+def whole_plan(count: int) -> Tensor:
     """int32 (4, count): every image in order, uncropped and unflipped."""
     plan = torch.full((4, count), PAD, dtype=torch.int32)
     plan[0], plan[3] = torch.arange(count), 0
