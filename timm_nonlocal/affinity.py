@@ -2,8 +2,8 @@
 
 The four pairwise functions of Wang, Girshick, Gupta, He, "Non-local Neural Networks" (CVPR 2018), section 3.2, and
 two controls without which no gain can be called nonlocal. An affinity is a module: `forward(q, k)` gives A from the
-embedded features of the queries and the keys, `difference(a, z)` the nonlocal operator of eq. (14) in Tao, Du, Sun,
-Liu (NeurIPS 2018), Σⱼ Aᵢⱼ (Zⱼ - Zᵢ).
+embedded features of the queries and the keys, `aggregate(a, z)` the sum Σⱼ Aᵢⱼ Zⱼ, and `difference(a, z)` the nonlocal
+operator of eq. (14) in Tao, Du, Sun, Liu (NeurIPS 2018), Σⱼ Aᵢⱼ (Zⱼ - Zᵢ).
 
 Shapes: B images, M positions, D embedding channels, C channels of whatever A is applied to.
 """
@@ -55,6 +55,10 @@ class Affinity(nn.Module):
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """A, (B, M, M) or broadcastable to it, from queries and keys, both (B, M, D)."""
         raise NotImplementedError
+
+    def aggregate(self, a: Tensor, z: Tensor) -> Tensor:
+        """Σⱼ Aᵢⱼ Zⱼ, the sum in eq. (1), for a from `forward` and z (B, M, C): (B, M, C)."""
+        return (a @ z).expand_as(z)
 
     def difference(self, a: Tensor, z: Tensor) -> Tensor:
         """Σⱼ Aᵢⱼ (Zⱼ - Zᵢ), eq. (14), for a from `forward` and z (B, M, C): (B, M, C)."""

@@ -123,7 +123,8 @@ class NonlocalBlock(_Nonlocal):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
         tokens = _positions(x)
-        return x + _grid(self.z(self.relate(tokens) @ self.g(tokens)), x)  # eq. (1)
+        mixed = self.affinity.aggregate(self.relate(tokens), self.g(tokens))  # (B, M, C')
+        return x + _grid(self.z(mixed), x)  # eq. (1)
 
 
 class NonlocalBlocks(nn.Module):

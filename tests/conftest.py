@@ -1,0 +1,102 @@
+"""What the tests share: options, small data made on the spot, and a way to run our commands as a user does."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may wait for a server
+
+
+def pytest_addoption(parser):
+    parser.addoption('--data-dir', help='folder with the real CIFAR files, for the tests marked cifar')
+
+
+def pytest_collection_modifyitems(config, items):
+    skips = {
+        'gpu': None if torch.cuda.is_available() else 'no CUDA device',
+        'cifar': None if config.getoption('--data-dir') else 'no --data-dir with the real CIFAR files',
+        'slow': None if 'slow' in (config.getoption('-m') or '') else 'slow: run with -m slow',
+    }
+    for item in items:
+        for marker, reason in skips.items():
+            if reason and marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def cifar_dir(request) -> str:
+    """The real data."""
+    return request.config.getoption('--data-dir')
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def _write_batch(folder: Path, name: str, fields: dict) -> str:
+    data = pickle.dumps(fields, protocol=2)
+    (folder / name).write_bytes(data)
+    return hashlib.md5(data).hexdigest()
+
+
+def make_cifar10(folder: Path, per_batch: int = 24, test: int = 20) -> Path:
+    """A CIFAR-10 folder of random images whose label shows in their colour, in the published layout.
+
+    torchvision accepts it where the published md5 sums are replaced by those returned in `md5.txt`;
+    `small_cifar_sitecustomize` does so in every Python process that has the folder on its path.
+    """
+    generator = np.random.default_rng(0)
+    base = folder / 'cifar-10-batches-py'
+    base.mkdir(parents=True)
+    sums = {}
+    for name, count in [*((f'data_batch_{i}', per_batch) for i in range(1, 6)), ('test_batch', test)]:
+        labels = generator.integers(0, 10, count)
+        images = generator.integers(0, 120, (count, 3, 1024)) + labels[:, None, None] * 12
+        sums[name] = _write_batch(base, name, {'data': images.astype(np.uint8).reshape(count, -1),
+                                               'labels': labels.tolist()})
+    sums['batches.meta'] = _write_batch(base, 'batches.meta', {'label_names': [f'class{i}' for i in range(10)]})
+    (folder / 'sitecustomize.py').write_text(f'''
+import sys
+class Finder:
+    """Puts the small data's md5 sums in place once torchvision.datasets.cifar is imported."""
+    def find_spec(self, name, path=None, target=None):
+        if name != 'torchvision.datasets.cifar':
+            return None
+        sys.meta_path.remove(self)
+        import importlib.util
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def exec_module(module):
+            execute(module)
+            sums = {sums!r}
+            cls = module.CIFAR10
+            cls.train_list = [[n, sums[n]] for n, _ in cls.train_list]
+            cls.test_list = [[n, sums[n]] for n, _ in cls.test_list]
+            cls.meta = dict(cls.meta, md5=sums['batches.meta'])
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, Finder())
+''')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def small_cifar(tmp_path_factory) -> Path:
+    """120 training and 20 test images in CIFAR-10's layout."""
+    return make_cifar10(tmp_path_factory.mktemp('cifar'))
+
+
+def run(*command: str, data: Path | None = None, **options) -> subprocess.CompletedProcess:
+    """Runs `python …` in a process of its own, with the small data's md5 sums where `data` is given."""
+    path = [str(ROOT), *([str(data)] if data else [])]
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(path), 'CUDA_VISIBLE_DEVICES': ''}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600, **options)
