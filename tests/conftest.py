@@ -1,6 +1,7 @@
 """What the tests share: options, small data made on the spot, and a way to run our commands as a user does."""
 
 import hashlib
+import json
 import os
 import pickle
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from small_data import accepted
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may wait for a server
@@ -51,8 +54,8 @@ def _write_batch(folder: Path, name: str, fields: dict) -> str:
 def make_cifar10(folder: Path, per_batch: int = 24, test: int = 20) -> Path:
     """A CIFAR-10 folder of random images whose label shows in their colour, in the published layout.
 
-    torchvision accepts it where the published md5 sums are replaced by those returned in `md5.txt`;
-    `small_cifar_sitecustomize` does so in every Python process that has the folder on its path.
+    torchvision checks the published md5 sums; `md5.json` holds those of these files, which `accept` puts in place, and
+    the folder's `sitecustomize.py` calls it in every Python process that has the folder on its path.
     """
     generator = np.random.default_rng(0)
     base = folder / 'cifar-10-batches-py'
@@ -64,28 +67,10 @@ def make_cifar10(folder: Path, per_batch: int = 24, test: int = 20) -> Path:
         sums[name] = _write_batch(base, name, {'data': images.astype(np.uint8).reshape(count, -1),
                                                'labels': labels.tolist()})
     sums['batches.meta'] = _write_batch(base, 'batches.meta', {'label_names': [f'class{i}' for i in range(10)]})
-    (folder / 'sitecustomize.py').write_text(f'''
-import sys
-class Finder:
-    """Puts the small data's md5 sums in place once torchvision.datasets.cifar is imported."""
-    def find_spec(self, name, path=None, target=None):
-        if name != 'torchvision.datasets.cifar':
-            return None
-        sys.meta_path.remove(self)
-        import importlib.util
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            sums = {sums!r}
-            cls = module.CIFAR10
-            cls.train_list = [[n, sums[n]] for n, _ in cls.train_list]
-            cls.test_list = [[n, sums[n]] for n, _ in cls.test_list]
-            cls.meta = dict(cls.meta, md5=sums['batches.meta'])
-        spec.loader.exec_module = exec_module
-        return spec
-sys.meta_path.insert(0, Finder())
-''')
+    (folder / 'md5.json').write_text(json.dumps(sums))
+    (folder / 'sitecustomize.py').write_text(
+        f'import sys\nsys.path.append({str(ROOT / "tests")!r})\n'
+        f'from small_data import accept_when_imported\naccept_when_imported({str(folder / "md5.json")!r})\n')
     return folder
 
 
@@ -93,6 +78,15 @@ sys.meta_path.insert(0, Finder())
 def small_cifar(tmp_path_factory) -> Path:
     """120 training and 20 test images in CIFAR-10's layout."""
     return make_cifar10(tmp_path_factory.mktemp('cifar'))
+
+
+@pytest.fixture
+def small_cifar_here(small_cifar, monkeypatch) -> Path:
+    """The same, accepted in this process too."""
+    from torchvision.datasets import CIFAR10
+    for name, value in accepted(CIFAR10, small_cifar / 'md5.json').items():
+        monkeypatch.setattr(CIFAR10, name, value)
+    return small_cifar
 
 
 def run(*command: str, data: Path | None = None, **options) -> subprocess.CompletedProcess:

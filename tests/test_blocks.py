@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from timm_nonlocal import NonlocalBlock, NonlocalBlocks, NonlocalStage
 from timm_nonlocal.affinity import AFFINITIES
 from timm_nonlocal.blocks import INITS

@@ -144,7 +144,7 @@ def open_run(folder: Path, run: dict, resume: bool) -> tuple[dict[str, dict[str,
 
 def train(args: argparse.Namespace) -> int:
     """One run, from its folder's state to the end. Returns the exit code: 0, or 130 where it was asked to stop."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     if accelerator.mixed_precision not in ('no', 'bf16'):
         raise ValueError(f'mixed precision {accelerator.mixed_precision}: use no or bf16')
     if accelerator.device.type == 'cpu':
