@@ -2,6 +2,7 @@
 
 from .blocks import NonlocalBlock, NonlocalBlocks, NonlocalStage
 from .preresnet import PreResNet
+from .spectrum import spectrum
 
 __version__ = '0.1.0'
-__all__ = ['NonlocalBlock', 'NonlocalBlocks', 'NonlocalStage', 'PreResNet']
+__all__ = ['NonlocalBlock', 'NonlocalBlocks', 'NonlocalStage', 'PreResNet', 'spectrum']

@@ -1,16 +1,96 @@
-"""Where weights come from: a registered name, a folder, a file."""
+"""Where weights come from: a registered name, a folder, a file, the Hub. Names and shapes first, tensors on demand."""
 
+import argparse
 import difflib
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Optional
 
 import timm
-from safetensors import SafetensorError, safe_open
-from timm.models import split_model_name_tag
+import torch
+from huggingface_hub import constants
+from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor
 
+from .layouts import Shape, find, parse_key_map
+from .remote import Repo
+from .tensorfile import CheckpointError, LocalFile, ShardedFile, TensorFile, UnsafePickleError
 
-class CheckpointError(Exception):
-    """The target cannot be found or read; the message says what would work."""
+PICKLES = ('.pth', '.pt', '.bin', '.ckpt', '.tar', '.pkl')
+GROUPS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'model_state')  # in timm's order of preference
+
+
+@dataclass
+class Options:
+    """What decides how a target is opened; the command's flags of the same names."""
+
+    revision: Optional[str] = None
+    file: Optional[str] = None
+    token: Any = None
+    offline: bool = False
+    remote: str = 'auto'
+    allow_pickle: bool = False
+    timeout: float = 10.0
+    key_map: Optional[str] = None
+
+    def needs(self, names: list[str]) -> set[str]:
+        """Of all names of a checkpoint those that its nonlocal blocks may need."""
+        key_map = parse_key_map(self.key_map) if self.key_map else None
+        return {name for block in find(dict.fromkeys(names), key_map).blocks for name in block.names}
+
+
+@dataclass
+class Source:
+    """An opened target.
+
+    Attributes:
+        input: the target as given.
+        kind: 'hub', 'dir', 'file' or 'model' (freshly initialised).
+        file: the weights' file.
+        tensors: names and shapes, read on demand.
+        format: 'safetensors', 'pickle' or 'module'.
+        trained: False for freshly initialised weights.
+        architecture: the registered name, where the target tells it.
+        repo: where it is on the Hub.
+    """
+
+    input: str
+    kind: str
+    file: Optional[str]
+    tensors: TensorFile
+    format: str = 'safetensors'
+    trained: bool = True
+    architecture: Optional[str] = None
+    repo: Optional[Repo] = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """One line that says what was read, and how much of it."""
+        if self.kind == 'model':
+            return f'{self.input} (untrained: freshly initialised)'
+        if not self.repo:
+            return self.input if self.file == self.input else f'{self.input}  {Path(self.file).name}'
+        total = f' of {_bytes(self.tensors.bytes_total)}' if self.tensors.bytes_total else ''
+        return (f'{self.repo.id} @ {(self.repo.commit or self.repo.revision or "main")[:8]}  {self.file}  '
+                f'{self.tensors.mode}: {_bytes(self.tensors.bytes_read)}{total}')
+
+
+class InMemory:
+    """A state dict that is there already."""
+
+    def __init__(self, state_dict: dict[str, Tensor], mode: str = 'local', size: Optional[int] = None):
+        self.state_dict, self.mode, self.bytes_total = state_dict, mode, size
+        self.bytes_read = size or 0
+        self.shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self.state_dict[name] for name in names}
 
 
 def near_names(name: str) -> str:
@@ -19,38 +99,153 @@ def near_names(name: str) -> str:
     return f' Did you mean {", ".join(near)}?' if near else ''
 
 
-def read_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises CheckpointError if it is missing, truncated or something else."""
-    try:
-        with safe_open(path, 'pt') as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f'{path} is not a readable safetensors file: {error}') from error
-
-
-def load(target: str) -> tuple[dict[str, Tensor], str]:
-    """The state dict of a target, and where it came from.
+def open_target(target: str, options: Optional[Options] = None) -> Source:
+    """Finds a target and reads the names and shapes of its tensors.
 
     Args:
-        target: a .safetensors file, a folder that holds model.safetensors, or a registered timm name (with or
-            without tag; its own weights where it has some, else freshly initialised ones).
+        target: in this order: `hf-hub:`, `hf_hub:`, `hf://` or the Hub's https address of a repository; `local-dir:`
+            and a folder; a file; a folder; `user/repo[@rev]` on the Hub; a registered timm name, with or without tag
+            (its own weights where it has some, else freshly initialised ones).
 
     Raises:
         CheckpointError: nothing of the kind is there, or it cannot be read.
+        UnsafePickleError: it is a pickle that holds more than tensors, or one on the Hub that nobody allowed.
+        HubError: the Hub cannot be reached, or does not let us in.
     """
-    path = Path(target)
-    if path.is_dir():
-        if not (path / 'model.safetensors').is_file():
-            raise CheckpointError(f'{path} holds no model.safetensors')
-        path = path / 'model.safetensors'
+    options = options or Options()
+    if match := re.fullmatch(r'(?:hf[-_]hub:|hf://)(.*)', target):
+        return _hub(target, match[1], options)
+    if match := re.fullmatch(rf'(?:https://huggingface\.co|{re.escape(constants.ENDPOINT)})/([^/]+/[^/?]+)(?:/(?:tree|'
+                             rf'resolve|blob)/([^/?]+)(?:/([^?]+))?)?/?(?:\?.*)?', target):
+        options = Options(**{**vars(options), 'revision': options.revision or match[2],
+                             'file': options.file or match[3]})
+        return _hub(target, match[1], options)
+    path = Path(target.removeprefix('local-dir:'))
     if path.is_file():
-        return read_file(path), str(path)
-    architecture, _ = split_model_name_tag(target)
-    if '/' in target or path.suffix == '.safetensors' or not timm.is_model(architecture):
+        return _file(target, path)
+    if path.is_dir():
+        return _folder(target, path, options)
+    if target.startswith('local-dir:') or (target.count('/') != 1 and '/' in target) or _is_weights(path):
+        raise CheckpointError(f'{target}: no such file or folder')
+    if '/' in target:
+        return _hub(target, target, options)
+    return _registered(target, options)
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in ('.safetensors', *PICKLES)
+
+
+def _bytes(count: int) -> str:
+    for size, unit in ((10 ** 9, 'GB'), (10 ** 6, 'MB'), (10 ** 3, 'kB')):
+        if count >= size:
+            return f'{count / size:.1f} {unit}' if count < 100 * size else f'{count / size:.0f} {unit}'
+    return f'{count} B'
+
+
+def _hub(target: str, name: str, options: Options, architecture: Optional[str] = None) -> Source:
+    name, _, revision = name.partition('@')
+    repo = Repo(name.strip('/'), options.revision or revision or None, options.token, options.offline, options.remote,
+                options.allow_pickle, options.timeout)
+    tensors, file = repo.open(options.file, options.needs, load_pickle)
+    if isinstance(tensors, ShardedFile):
+        repo.sha256 = None  # it would be one shard's
+    form = 'pickle' if isinstance(tensors, InMemory) else 'safetensors'
+    return Source(target, 'hub', file, tensors, form, architecture=architecture, repo=repo)
+
+
+def _folder(target: str, path: Path, options: Options) -> Source:
+    names = [options.file] if options.file else ['model.safetensors', *sorted(
+        found.name for found in path.glob('*.safetensors.index.json')), 'pytorch_model.bin']
+    file = next((path / name for name in names if (path / name).is_file()), None)
+    if file is None:
+        there = sorted(found.name for found in path.iterdir() if _is_weights(found))
+        raise CheckpointError(f'{path} holds no {options.file or "model.safetensors"}' + (
+            f'; name one of its files with --file: {", ".join(there[:5])}' if there else ''))
+    architecture = _architecture(path / 'config.json')
+    if not file.name.endswith('.index.json'):
+        source = _file(target, file)
+        return Source(target, 'dir', str(file), source.tensors, source.format, architecture=architecture)
+    tensors = ShardedFile(str(file), file.read_text(errors='replace'), options.needs,
+                          lambda shard: LocalFile(path / shard))
+    return Source(target, 'dir', str(file), tensors, architecture=architecture)
+
+
+def _architecture(config: Path) -> Optional[str]:
+    """The registered name in a timm config.json; nothing else in it is looked at."""
+    try:
+        name = json.loads(config.read_text())['architecture']
+        return name if isinstance(name, str) and timm.is_model(name) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _file(target: str, path: Path) -> Source:
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
+    if path.suffix != '.safetensors' and (start[:2] in (b'PK', b'\x80\x02', b'\x80\x04') or start[8:] != b'{'):
+        return Source(target, 'file', str(path), load_pickle(path), 'pickle')
+    return Source(target, 'file', str(path), LocalFile(path))
+
+
+def _registered(target: str, options: Options) -> Source:
+    architecture, _tag = split_model_name_tag(target)
+    if not timm.is_model(architecture):
         raise CheckpointError(f'{target}: no such file, folder or registered name.{near_names(architecture)}')
     try:
-        pretrained = timm.is_model_pretrained(target)
-        model = timm.create_model(target, pretrained=pretrained)
+        cfg = get_pretrained_cfg(target, allow_unregistered=False)
     except RuntimeError as error:  # timm's own word for a tag it does not know
         raise CheckpointError(f'{target}: {error}') from error
-    return model.state_dict(), f'{target} ({"pretrained" if pretrained else "untrained: freshly initialised"})'
+    if cfg and cfg.file:
+        source = _file(target, Path(cfg.file))
+        return Source(target, 'file', cfg.file, source.tensors, source.format, architecture=architecture)
+    if cfg and cfg.has_weights and cfg.hf_hub_id:
+        file = options.file or cfg.hf_hub_filename
+        repo_id = cfg.hf_hub_id if cfg.hf_hub_id.count('/') and not cfg.hf_hub_id.endswith('/') else f'timm/{target}'
+        return _hub(target, repo_id, Options(**{**vars(options), 'file': file}), architecture)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = timm.create_model(target, pretrained=False)
+        except RuntimeError as error:
+            raise CheckpointError(f'{target}: {error}') from error
+    return Source(target, 'model', None, InMemory(model.state_dict()), 'module', trained=False,
+                  architecture=architecture)
+
+
+def load_pickle(path: Path, mode: str = 'local') -> InMemory:
+    """The state dict in a pickled checkpoint, of which nothing but tensors and plain values is ever loaded.
+
+    Raises:
+        UnsafePickleError: it asks for anything else to be built or called; nothing of that is done.
+        CheckpointError: it is not a checkpoint.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's and others' training arguments
+            content = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        asks = re.search(r'GLOBAL ([\w.]+)|(Unsupported \w+ \d+)', str(error))
+        reason = f'it asks for {asks[1]}' if asks and asks[1] else asks[2] if asks else _last_line(error)
+        raise UnsafePickleError(
+            f'{path} is refused: it is no pickle of tensors and plain values alone ({reason}), and nothing else is '
+            f'loaded; save its state dict as safetensors where you trust it') from error
+    except Exception as error:  # torch has no error of its own for a file that is no checkpoint
+        raise CheckpointError(f'{path} is neither a safetensors file nor a readable pickle of tensors '
+                              f'({type(error).__name__}: {_last_line(error)})') from error
+    state_dict = content
+    for name in GROUPS if isinstance(content, dict) else ():
+        if isinstance(content.get(name), dict):
+            state_dict = content[name]
+            break
+    tensors = {name: value for name, value in state_dict.items()
+               if isinstance(name, str) and isinstance(value, Tensor)} if isinstance(state_dict, dict) else {}
+    if not tensors:
+        raise CheckpointError(f'{path} holds no state dict')
+    return InMemory(tensors, mode, path.stat().st_size)
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]

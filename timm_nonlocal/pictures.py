@@ -1,0 +1,64 @@
+"""Images for a look inside a model: CIFAR's test images as the networks were trained on them, or a folder of pictures."""
+
+from pathlib import Path
+from typing import Optional
+
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
+
+
+def cifar(data_dir: str, num_classes: int, count: int) -> tuple[Tensor, Tensor]:
+    """The first test images of CIFAR-10 or CIFAR-100 with the training images' mean subtracted, as in the paper.
+
+    Args:
+        data_dir: where torchvision keeps the data set.
+        num_classes: 10 or 100.
+        count: how many.
+
+    Returns:
+        images (N, 3, 32, 32) float32 and labels (N,) int64.
+
+    Raises:
+        ValueError: the data set is not there, or the model has another number of classes.
+    """
+    from torchvision import datasets
+
+    if num_classes not in (10, 100):
+        raise ValueError(f'the model has {num_classes} classes, and CIFAR 10 or 100: '
+                         f'give --images in place of --data-dir')
+    data = getattr(datasets, f'CIFAR{num_classes}')
+    try:
+        train, test = data(data_dir, train=True), data(data_dir, train=False)
+    except RuntimeError as error:
+        raise ValueError(f'{data_dir} does not hold CIFAR-{num_classes} as torchvision keeps it') from error
+    mean = torch.from_numpy(train.data).double().mean(0).div(255).float()
+    images = torch.from_numpy(test.data[:count]).float().div(255) - mean  # (N, 32, 32, 3)
+    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(test.targets[:count])
+
+
+def folder(path: str, model: nn.Module, count: int) -> tuple[Tensor, Optional[Tensor]]:
+    """The first pictures of a folder and its subfolders, by name, through the model's own evaluation transform.
+
+    Returns:
+        images (N, 3, H, W) float32, and no labels.
+
+    Raises:
+        ValueError: there is no picture, or one that cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    paths = sorted(found for found in Path(path).rglob('*') if found.suffix.lower() in SUFFIXES)[:count]
+    if not paths:
+        raise ValueError(f'{path} holds no picture ({", ".join(SUFFIXES)})')
+    transform = create_transform(**resolve_model_data_config(model))
+    images = []
+    for found in paths:
+        try:
+            with Image.open(found) as image:
+                images.append(transform(image.convert('RGB')))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise ValueError(f'{found} cannot be read as a picture: {error}') from error
+    return torch.stack(images), None

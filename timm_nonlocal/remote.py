@@ -1,0 +1,284 @@
+"""Reading from the Hub: from its cache, by ranges, or by a whole download.
+
+A range read is one GET for the header and one for every group of tensors, all of one commit: the first answer names it
+and the later requests ask for it. Redirects are the Hub client's, which leaves the token behind at another host.
+"""
+
+import importlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from .tensorfile import CheckpointError, HubError, LocalFile, RangedFile, ShardedFile, TensorFile, UnsafePickleError
+
+FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin')
+MAX_INDEX = 25_000_000  # bytes
+
+
+class RangeIgnored(Exception):
+    """The server sends the whole file where a part of it was asked for."""
+
+
+@dataclass
+class Progress:
+    """A line on stderr that counts bytes, once it has taken a while and where someone looks."""
+
+    name: str
+    total: Optional[int] = None
+    read: int = 0
+    after: float = 1.0  # seconds
+    shown: bool = False
+
+    def __post_init__(self):
+        self.start = self.last = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.read += count
+        now = time.monotonic()
+        if now - self.start > self.after and now - self.last > 0.1 and sys.stderr.isatty():
+            self.last, self.shown = now, True
+            of = f' of {self.total / 1e6:.1f}' if self.total else ''
+            print(f'\r{self.name}: {self.read / 1e6:.1f}{of} MB', end='', file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.shown:
+            print('\r\033[K', end='', file=sys.stderr, flush=True)
+
+
+@dataclass
+class Repo:
+    """One repository on the Hub at one revision.
+
+    Attributes:
+        id: 'user/name'.
+        revision: a branch, tag or commit; None for main.
+        token: None for the stored one, False for none, or the token.
+        offline: use the cache alone.
+        remote: 'auto' (cache, then ranges, then download), 'range' or 'download'.
+        allow_pickle: fetch a pickle where there is nothing else; it is loaded with weights_only.
+        timeout: seconds to wait for the server.
+        commit, sha256: of what was read, once something was.
+    """
+
+    id: str
+    revision: Optional[str] = None
+    token: Union[str, bool, None] = None
+    offline: bool = False
+    remote: str = 'auto'
+    allow_pickle: bool = False
+    timeout: float = 10.0
+    commit: Optional[str] = None
+    sha256: Optional[str] = None
+
+    def open(self, filename: Optional[str], needs: Callable[[list[str]], Any],
+             load_pickle: Callable[[Path, str], TensorFile]) -> tuple[TensorFile, str]:
+        """The repository's weights and the name of their file.
+
+        Args:
+            filename: None tries the usual names.
+            needs: as of `ShardedFile`.
+            load_pickle: opens a downloaded pickle.
+
+        Raises:
+            CheckpointError, HubError, UnsafePickleError: with what would work.
+        """
+        with self._errors():
+            for name in [filename] if filename else FILES:
+                try:
+                    if name.endswith('.index.json'):
+                        index = self._text(name)
+                        return ShardedFile(f'{self.id}/{name}', index, needs, self._safetensors), name
+                    if name.endswith('.safetensors'):
+                        return self._safetensors(name), name
+                    return self._pickle(name, load_pickle), name
+                except EntryNotFoundError as error:
+                    last = error
+            if isinstance(last, LocalEntryNotFoundError):
+                raise HubError(f'{self.id} is not in the cache, and this is offline')
+            raise CheckpointError(f'{self.id} has no {filename or " or ".join(FILES)}; name a file with --file')
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turns the Hub client's errors into ours."""
+        at = f'{self.id}@{self.revision}' if self.revision else self.id
+        network = importlib.import_module(type(get_session()).__module__.partition('.')[0]).HTTPError
+        try:
+            yield
+        except HFValidationError as error:
+            raise CheckpointError(f'{self.id} is not the name of a repository: {error}') from error
+        except GatedRepoError as error:
+            raise HubError(f'{at} is gated: ask for access on its page, then log in with `hf auth login`') from error
+        except RepositoryNotFoundError as error:
+            raise CheckpointError(f'{at}: no such repository, or a private one: log in with `hf auth login`') from error
+        except RevisionNotFoundError as error:
+            raise CheckpointError(f'{self.id} has no revision {self.revision or "main"}') from error
+        except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+            raise HubError(f'{at} is not in the cache, and this is offline or the Hub out of reach: '
+                           f'{_first_line(error)}') from error
+        except HfHubHTTPError as error:
+            raise HubError(f'{at}: the Hub refuses: {_first_line(error)}') from error
+        except (network, OSError) as error:
+            raise HubError(f'{at}: the Hub cannot be reached ({type(error).__name__}: {_first_line(error)}); '
+                           f'--offline reads the cache alone') from error
+
+    def _cached(self, name: str) -> Optional[Path]:
+        path = huggingface_hub.try_to_load_from_cache(self.id, name, revision=self.commit or self.revision)
+        if not isinstance(path, str):
+            return None
+        self.commit = _snapshot(path) or self.commit
+        return Path(path)
+
+    def _file(self, name: str) -> tuple[Path, str]:
+        """A whole file and where it came from: 'cache' or 'download'."""
+        if self.remote != 'download' or self.offline:
+            if path := self._cached(name):
+                return path, 'cache'
+        if self.offline:
+            raise LocalEntryNotFoundError(f'{name} is not in the cache')
+        path = huggingface_hub.hf_hub_download(
+            self.id, name, revision=self.commit or self.revision, token=self.token, etag_timeout=self.timeout)
+        self.commit = _snapshot(path) or self.commit
+        return Path(path), 'download'
+
+    def _safetensors(self, name: str) -> TensorFile:
+        if self.remote == 'auto' or self.offline:
+            if path := self._cached(name):
+                return LocalFile(path, 'cache')
+        if self.remote != 'download' and not self.offline:
+            try:
+                return self._ranged(name)
+            except RangeIgnored:
+                if self.remote == 'range':
+                    raise HubError(f'{self.id}: the server ignores ranges; read it whole with --remote '
+                                   f'download') from None
+                print(f'note: the server ignores ranges: {self.id}/{name} is downloaded whole', file=sys.stderr)
+        return LocalFile(*self._file(name))
+
+    def _pickle(self, name: str, load_pickle: Callable[[Path, str], TensorFile]) -> TensorFile:
+        path = self._cached(name)
+        if not self.allow_pickle:
+            if not path and not self.offline:
+                self._get(name, 0, 1, Progress(name))  # it may not exist at all
+            raise UnsafePickleError(f'{self.id} has its weights in {name}, a pickle: --allow-pickle fetches it and '
+                                    f'loads nothing but tensors from it')
+        return load_pickle(*self._file(name))
+
+    def _text(self, name: str) -> str:
+        if self.remote == 'auto' and not self.offline and not self._cached(name):
+            progress = Progress(name)
+            try:
+                data = self._get(name, 0, MAX_INDEX, progress)[0]
+                return data.decode(errors='replace')
+            except RangeIgnored:
+                pass
+            finally:
+                progress.close()
+        return self._file(name)[0].read_text(errors='replace')
+
+    def _ranged(self, name: str) -> RangedFile:
+        progress, etags, sizes = Progress(f'{self.id}/{name}'), set(), []
+
+        def fetch(begin: int, end: int) -> bytes:
+            data, size, etag = self._get(name, begin, end, progress)
+            etags.add(etag)
+            sizes.append(size)
+            if len(etags) > 1 or len(set(sizes)) > 1:
+                raise CheckpointError(f'{self.id}/{name} changed while it was read: run it again')
+            return data
+
+        try:
+            return RangedFile(f'{self.id}/{name}', fetch, lambda: sizes[0])
+        finally:
+            progress.close()
+
+    def _get(self, name: str, begin: int, end: int, progress: Progress) -> tuple[bytes, Optional[int], Optional[str]]:
+        """Bytes begin to end (exclusive) of a file, its size, and its etag.
+
+        Raises:
+            RangeIgnored: the whole file would come.
+            CheckpointError: what comes is not what was asked for.
+        """
+        if self.offline or constants.HF_HUB_OFFLINE:
+            raise LocalEntryNotFoundError(f'{name} is not in the cache')
+        url = huggingface_hub.hf_hub_url(self.id, name, revision=self.commit or self.revision)
+        headers = {**build_hf_headers(token=self.token, library_name='timm_nonlocal'),
+                   'Range': f'bytes={begin}-{end - 1}', 'Accept-Encoding': 'identity'}
+        with _stream(url, headers, self.timeout) as (response, chunks):
+            chain = [*response.history, response]
+            if response.status_code == 416:
+                raise CheckpointError(f'{self.id}/{name} has no bytes from {begin} on: it is empty or truncated')
+            if response.status_code >= 400:
+                getattr(response, 'read', lambda: None)()
+                hf_raise_for_status(response)
+            if response.status_code != 206:
+                raise RangeIgnored
+            commit = _header(chain, 'x-repo-commit')
+            if self.commit and commit and commit != self.commit:
+                raise CheckpointError(f'{self.id} went from commit {self.commit[:8]} to {commit[:8]} while it was '
+                                      f'read: run it again')
+            self.commit = self.commit or commit
+            etag = _header(chain, 'x-linked-etag') or _header(chain, 'etag')
+            given = re.fullmatch(r'bytes (\d+)-(\d+)/(\d+|\*)', response.headers.get('content-range', ''))
+            if not given or int(given[1]) != begin or not begin <= int(given[2]) < end:
+                raise CheckpointError(f'{self.id}/{name}: asked for bytes {begin} to {end - 1}, the server offers '
+                                      f'{response.headers.get("content-range", "no range")[:80]!r}')
+            size = None if given[3] == '*' else int(given[3])
+            expected, data = int(given[2]) + 1 - begin, bytearray()
+            for chunk in chunks:
+                data += chunk
+                progress.advance(len(chunk))
+                if len(data) > expected:
+                    break
+        if len(data) != expected:
+            raise CheckpointError(f'{self.id}/{name}: {expected} bytes were announced and '
+                                  f'{"more" if len(data) > expected else len(data)} came')
+        etag = etag.removeprefix('W/').strip('"') if etag else None
+        if etag and re.fullmatch(r'[0-9a-f]{64}', etag):
+            self.sha256 = etag
+        return bytes(data), size, etag
+
+
+@contextmanager
+def _stream(url: str, headers: dict[str, str], timeout: float) -> Iterator[tuple[Any, Iterator[bytes]]]:
+    """A GET whose body is read piece by piece, through the Hub client's session, be it of httpx or of requests."""
+    session = get_session()
+    if hasattr(session, 'stream'):
+        with session.stream('GET', url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+            yield response, response.iter_raw(1 << 16)
+    else:
+        with session.get(url, headers=headers, timeout=timeout, stream=True) as response:
+            yield response, response.raw.stream(1 << 16, decode_content=False)
+
+
+def _header(chain: list[Any], name: str) -> Optional[str]:
+    """A header from the first response of a chain of redirects that has it: the Hub's, before its storage's."""
+    return next((response.headers[name] for response in chain if name in response.headers), None)
+
+
+def _snapshot(path: Union[str, Path]) -> Optional[str]:
+    """The commit of a file in the Hub's cache, from its path."""
+    parts = Path(path).parts
+    return parts[parts.index('snapshots') + 1] if 'snapshots' in parts else None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
