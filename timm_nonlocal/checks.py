@@ -1,4 +1,4 @@
-"""Conditions on the numbers of every block, such as 'neg_top<=4', for a build that should fail where they do not hold."""
+"""Conditions on the numbers of every block, such as 'neg_top<=4', for a build that fails where they do not hold."""
 
 import operator
 import re

@@ -185,7 +185,7 @@ def _known(view: Mapping[str, Optional[Shape]]) -> Iterator[Block]:
                 scale = _join(prefix, layout.scale) if layout.scale else None
                 if not z or (layout.needs and _join(prefix, layout.needs) not in modules):
                     continue
-                if (scale and view.get(scale, ()) not in ((), (1,), (1, 1, 1, 1), None)) or (scale and scale not in view):
+                if scale and (scale not in view or view[scale] not in ((), (1,), (1, 1, 1, 1), None)):
                     continue
                 norm = next((_join(prefix, norm) for norm in layout.norm
                              if {_join(prefix, norm, part) for part in ('weight', 'running_var')} & view.keys()), None)

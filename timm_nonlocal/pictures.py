@@ -1,4 +1,4 @@
-"""Images for a look inside a model: CIFAR's test images as the networks were trained on them, or a folder of pictures."""
+"""Images for a look inside a model: CIFAR's test images, prepared as for training, or a folder of pictures."""
 
 from pathlib import Path
 from typing import Optional

@@ -80,7 +80,7 @@ def _bars(line, blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
         panel.bar(range(1, len(block.top) + 1), block.top,
                   color=[NEGATIVE if value < 0 else POSITIVE for value in block.top])
         panel.axhline(0, color='black', linewidth=0.5)
-        panel.set_ylim(-1.1 * limit, 1.1 * limit)
+        panel.set_ylim(-1.45 * limit, 1.45 * limit)
         panel.set_title(_name(stage, block), fontsize='small')
         panel.text(0.97, 0.96, _inset(block), transform=panel.transAxes, ha='right', va='top', fontsize='small')
 
