@@ -5,11 +5,12 @@ and the later requests ask for it. Redirects are the Hub client's, which leaves 
 """
 
 import importlib
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -76,6 +77,7 @@ class Repo:
         remote: 'auto' (cache, then ranges, then download), 'range' or 'download'.
         allow_pickle: fetch a pickle where there is nothing else; it is loaded with weights_only.
         timeout: seconds to wait for the server.
+        endpoint: the Hub's address; None takes the Hub client's own.
         commit, sha256: of what was read, once something was.
     """
 
@@ -86,8 +88,13 @@ class Repo:
     remote: str = 'auto'
     allow_pickle: bool = False
     timeout: float = 10.0
+    endpoint: Optional[str] = None
     commit: Optional[str] = None
     sha256: Optional[str] = None
+
+    def __post_init__(self):
+        self.offline = self.offline or constants.HF_HUB_OFFLINE
+        self.endpoint = self.endpoint or os.environ.get('HF_ENDPOINT')
 
     def open(self, filename: Optional[str], needs: Callable[[list[str]], Any],
              load_pickle: Callable[[Path, str], TensorFile]) -> tuple[TensorFile, str]:
@@ -134,6 +141,8 @@ class Repo:
         except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
             raise HubError(f'{at} is not in the cache, and this is offline or the Hub out of reach: '
                            f'{_first_line(error)}') from error
+        except EntryNotFoundError:
+            raise  # `open` tries the next name
         except HfHubHTTPError as error:
             raise HubError(f'{at}: the Hub refuses: {_first_line(error)}') from error
         except (network, OSError) as error:
@@ -155,7 +164,8 @@ class Repo:
         if self.offline:
             raise LocalEntryNotFoundError(f'{name} is not in the cache')
         path = huggingface_hub.hf_hub_download(
-            self.id, name, revision=self.commit or self.revision, token=self.token, etag_timeout=self.timeout)
+            self.id, name, revision=self.commit or self.revision, token=self.token, etag_timeout=self.timeout,
+            endpoint=self.endpoint)
         self.commit = _snapshot(path) or self.commit
         return Path(path), 'download'
 
@@ -176,7 +186,7 @@ class Repo:
     def _pickle(self, name: str, load_pickle: Callable[[Path, str], TensorFile]) -> TensorFile:
         path = self._cached(name)
         if not self.allow_pickle:
-            if not path and not self.offline:
+            if not path:
                 self._get(name, 0, 1, Progress(name))  # it may not exist at all
             raise UnsafePickleError(f'{self.id} has its weights in {name}, a pickle: --allow-pickle fetches it and '
                                     f'loads nothing but tensors from it')
@@ -184,31 +194,26 @@ class Repo:
 
     def _text(self, name: str) -> str:
         if self.remote == 'auto' and not self.offline and not self._cached(name):
-            progress = Progress(name)
             try:
-                data = self._get(name, 0, MAX_INDEX, progress)[0]
-                return data.decode(errors='replace')
+                with closing(Progress(name)) as progress:
+                    return self._get(name, 0, MAX_INDEX, progress)[0].decode(errors='replace')
             except RangeIgnored:
                 pass
-            finally:
-                progress.close()
         return self._file(name)[0].read_text(errors='replace')
 
     def _ranged(self, name: str) -> RangedFile:
         progress, etags, sizes = Progress(f'{self.id}/{name}'), set(), []
 
         def fetch(begin: int, end: int) -> bytes:
-            data, size, etag = self._get(name, begin, end, progress)
+            with self._errors(), closing(progress):
+                data, size, etag = self._get(name, begin, end, progress)
             etags.add(etag)
             sizes.append(size)
             if len(etags) > 1 or len(set(sizes)) > 1:
                 raise CheckpointError(f'{self.id}/{name} changed while it was read: run it again')
             return data
 
-        try:
-            return RangedFile(f'{self.id}/{name}', fetch, lambda: sizes[0])
-        finally:
-            progress.close()
+        return RangedFile(f'{self.id}/{name}', fetch, lambda: sizes[0])
 
     def _get(self, name: str, begin: int, end: int, progress: Progress) -> tuple[bytes, Optional[int], Optional[str]]:
         """Bytes begin to end (exclusive) of a file, its size, and its etag.
@@ -217,9 +222,10 @@ class Repo:
             RangeIgnored: the whole file would come.
             CheckpointError: what comes is not what was asked for.
         """
-        if self.offline or constants.HF_HUB_OFFLINE:
+        if self.offline:
             raise LocalEntryNotFoundError(f'{name} is not in the cache')
-        url = huggingface_hub.hf_hub_url(self.id, name, revision=self.commit or self.revision)
+        url = huggingface_hub.hf_hub_url(self.id, name, revision=self.commit or self.revision,
+                                         endpoint=self.endpoint)
         headers = {**build_hf_headers(token=self.token, library_name='timm_nonlocal'),
                    'Range': f'bytes={begin}-{end - 1}', 'Accept-Encoding': 'identity'}
         with _stream(url, headers, self.timeout) as (response, chunks):
