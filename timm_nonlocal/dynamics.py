@@ -80,20 +80,17 @@ def cfl(values: Tensor, mu_max: float, formulation: str) -> tuple[int, float]:
 
 
 def stationary(a: Tensor) -> Tensor:
-    """π with πᵀA = πᵀ and sum one, (M,), from A (M, M); the limit from the uniform start where there are several."""
-    count = len(a)
-    uniform = a.new_full((count,), 1 / count)
-    try:
-        pi = torch.linalg.solve((torch.eye(count, dtype=a.dtype) - a + uniform).T, uniform)
-        if (pi @ a - pi).abs().sum() < 1e-9 and pi.min() > -1e-12:
-            return pi.clamp_min(0) / pi.clamp_min(0).sum()
-    except torch.linalg.LinAlgError:
-        pass
-    lazy = (torch.eye(count, dtype=a.dtype) + a) / 2
+    """π with πᵀA = πᵀ and sum one, (M,), from A (M, M): the limit of the lazy chain (I + A)/2 from a uniform start."""
+    pi = a.new_full((len(a),), 1 / len(a))
+    for _ in range(200):
+        last, pi = pi, (pi + pi @ a) / 2
+        if (pi - last).abs().sum() < 1e-14:
+            return pi / pi.sum()
+    lazy = (torch.eye(len(a), dtype=a.dtype) + a) / 2  # it mixes slowly: by squaring, 2⁴⁰ steps
     for _ in range(40):
         lazy = lazy @ lazy
         lazy = lazy / lazy.sum(1, keepdim=True)
-    return uniform @ lazy
+    return lazy.mean(0)
 
 
 def ritz(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
