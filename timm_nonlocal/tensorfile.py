@@ -6,6 +6,7 @@ place, and the tensors. Nothing in a header is believed before it is checked aga
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,8 +237,7 @@ class ShardedFile:
         try:
             self.weight_map = json.loads(index)['weight_map']
             shards = set(self.weight_map.values())
-            valid = all(isinstance(shard, str) and shard == Path(shard).name and not set(shard) & {'\\', ':', '\0'}
-                        for shard in shards)
+            valid = all(re.fullmatch(r'[^/\\:\0]+\.safetensors', shard) for shard in shards)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f'{name} is not an index of shards: {error!r}') from error
         if not valid:
