@@ -32,7 +32,8 @@ def randomised(module):
 
 def operator(module, channels, dims):
     """W of a block by its own forward pass: A X = X where all positions are the same, so that Z = X + X Wᵀ + b."""
-    eye = torch.cat([torch.zeros(1, channels), torch.eye(channels)])[(...,) + (None,) * dims].expand(-1, -1, *(2,) * dims)
+    eye = torch.cat([torch.zeros(1, channels), torch.eye(channels)])[(..., *(None,) * dims)]
+    eye = eye.expand(-1, -1, *(2,) * dims)
     with torch.no_grad():
         out = (module(eye) - eye).flatten(2)[:, :, 0]
     return (out[1:] - out[0]).T.double()
@@ -66,7 +67,7 @@ def test_timm(ratio):
 
 
 class Named(nn.Module):
-    """A block with given names, such as {'g': 'g.0', 'z': 'W.0', 'norm': 'W.1'}, that computes X + W A X with A = 1/M."""
+    """A block with given names, such as {'g': 'g.0', 'z': 'W.0', 'norm': 'W.1'}: X + W A X with A = 1/M."""
 
     def __init__(self, names, channels=8, inner=4, dims=2, gamma=None, spectral=None):
         super().__init__()

@@ -6,9 +6,9 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from range_server import COMMITS, pad, serving
 from safetensors.torch import save_file
 
-from range_server import COMMITS, pad, serving
 from timm_nonlocal.checkpoint import CheckpointError, Options, open_target
 from timm_nonlocal.layouts import find
 from timm_nonlocal.spectrum import measure, spectrum

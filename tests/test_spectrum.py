@@ -42,7 +42,7 @@ def weight_pairs(draw):
 @given(weight_pairs())
 def test_equals_numpys_dense_algebra(pair):
     w_z, w_g = pair
-    channels, inner = w_z.shape
+    channels, _inner = w_z.shape
     w = w_z.double().numpy() @ w_g.double().numpy()
     sigma, expected = np.linalg.svd(w, compute_uv=False), np.linalg.eigvalsh((w + w.T) / 2)
     scale = sigma[0]

@@ -1,5 +1,6 @@
-"""The reader of safetensors headers against well-formed, damaged and hostile files, and safetensors itself as the judge."""
+"""The reader of safetensors headers on good, damaged and hostile files, with safetensors itself as the judge."""
 
+import itertools
 import json
 import random
 import struct
@@ -26,8 +27,8 @@ from timm_nonlocal.tensorfile import (
 
 TENSORS = {
     'a.g.weight': torch.randn(4, 8), 'a.z.weight': torch.randn(8, 4, 1, 1).half(), 'scalar': torch.tensor(3.5),
-    'empty': torch.empty(0, 3), 'b': torch.randn(3).bfloat16(), 'counts': torch.arange(5), 'flags': torch.tensor([True]),
-    'e4m3': torch.randn(2, 2).to(torch.float8_e4m3fn), 'double': torch.randn(2).double(),
+    'empty': torch.empty(0, 3), 'b': torch.randn(3).bfloat16(), 'counts': torch.arange(5),
+    'flags': torch.tensor([True]), 'e4m3': torch.randn(2, 2).to(torch.float8_e4m3fn), 'double': torch.randn(2).double(),
 }
 GOOD = save(TENSORS, {'format': 'pt'})
 
@@ -193,7 +194,7 @@ def test_damaged_files():
 def test_spans_cover_and_are_apart(places):
     merged = spans(Entry('U8', (length,), begin, begin + length) for begin, length in places)
     assert all(any(start <= begin and begin + length <= end for start, end in merged) for begin, length in places)
-    assert all(later[0] - earlier[1] > GAP for earlier, later in zip(merged, merged[1:], strict=False))
+    assert all(later[0] - earlier[1] > GAP for earlier, later in itertools.pairwise(merged))
 
 
 def test_shards(tmp_path):

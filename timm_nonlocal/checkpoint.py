@@ -5,9 +5,10 @@ import difflib
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -67,7 +68,6 @@ class Source:
     trained: bool = True
     architecture: Optional[str] = None
     repo: Optional[Repo] = None
-    warnings: list[str] = field(default_factory=list)
 
     @property
     def label(self) -> str:
@@ -224,7 +224,8 @@ def load_pickle(path: Path, mode: str = 'local') -> InMemory:
         CheckpointError: it is not a checkpoint.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's and others' training arguments
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about old protocols
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         asks = re.search(r'GLOBAL ([\w.]+)|(Unsupported \w+ \d+)', str(error))

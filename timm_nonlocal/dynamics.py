@@ -34,7 +34,7 @@ def gains(ws: Sequence[Tensor], mu: Tensor, formulation: str) -> Tensor:
     product = factors(ws[0], mu, formulation)
     for w in ws[1:]:
         product = factors(w, mu, formulation) @ product
-    return torch.linalg.matrix_norm(product, ord=2)
+    return torch.linalg.eigvalsh(product.mT @ product)[:, -1].sqrt()
 
 
 def kappa(ws: Sequence[Tensor], mu_max: float, formulation: str, points: int = 129) -> tuple[float, float]:

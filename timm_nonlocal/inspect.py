@@ -114,7 +114,7 @@ def examine(target: str, args: argparse.Namespace) -> Result:
     blocks = [block for block in found.blocks
               if (args.stage is None or fnmatch.fnmatchcase(block.stage, args.stage))
               and args.block in (None, block.index)]
-    result = Result(target, source, warnings=[*source.warnings, *found.warnings])
+    result = Result(target, source, warnings=found.warnings)
     if not blocks:
         return _nothing(result, len(found.blocks))
     if args.list:

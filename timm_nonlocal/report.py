@@ -21,11 +21,11 @@ COLUMNS = [  # heading, width, field, format
     ('s-rank', 6, 'stable_rank', '.1f'), ('e-rank', 6, 'effective_rank', '.1f'), ('henrici', 7, 'nonnormality', '.3f'),
 ]
 READING = {
-    'original': 'original blocks (Z + A Z Wᵀ): negative eigenvalues damp what A keeps, the smooth part first; positive '
-                'ones amplify it.',
-    'proposed': 'proposed stages (Z + (A Z - Z) Wᵀ): positive eigenvalues diffuse, the rough part first; negative ones '
-                'amplify it; constants stay.',
-    'unknown': 'formulation unknown: the names do not tell eq. (1) from eq. (8), in which signs mean the opposite.',
+    'original': 'original, Z + A Z Wᵀ: negative eigenvalues damp what A keeps, the smooth part first; positive ones '
+                'amplify it',
+    'proposed': 'proposed, Z + (A Z - Z) Wᵀ: positive eigenvalues diffuse, the rough part first; negative ones amplify '
+                'it;\n         constants stay',
+    'unknown': 'unknown: the names do not tell eq. (1) from eq. (8), in which signs mean the opposite',
 }
 LEGEND = """\
 -/+      signs of the top eigenvalues of (W + Wᵀ)/2 by magnitude; over all, exactly C' are negative and C' positive in
