@@ -71,6 +71,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--resume', metavar='auto', choices=['auto'],
                         help='continue the run in --output-dir if there is one, else start it')
     parser.add_argument('--save-seconds', type=float, default=60.0, help='how often the state is saved')
+    parser.add_argument('--spectrum-epochs', type=int, nargs='*', default=[], metavar='EPOCH',
+                        help='write the spectra of the nonlocal parts after these epochs, as 36 82 125 in Figure 2')
     parser.add_argument('--threads', type=int, default=0, help='of a CPU process (default: its share of the cores)')
     args = parser.parse_args(argv)
     if args.epochs < 1 or args.batch_size < 1:
@@ -226,6 +228,8 @@ class Trainer:
                     'test_error': 100 * sums['test'].item() / len(test_set),
                     'images_per_second': (count - first) / seconds, 'seconds': seconds,
                 })
+                if epoch + 1 in self.args.spectrum_epochs and accelerator.is_main_process:
+                    run_dir.save_spectra(self.folder, epoch + 1, timm_nonlocal.spectrum(self.model))
                 progress['epoch'], progress['images'] = epoch + 1, 0
                 bar.epoch(progress['history'][-1], recipe.epochs)
                 self.save()

@@ -5,6 +5,7 @@
     model.safetensors   the final weights, beside
     config.json         what timm.create_model("local-dir:DIR", pretrained=True) reads
     results.jsonl       one line about the finished run
+    spectra.jsonl       one line an epoch of --spectrum-epochs
 """
 
 import csv
@@ -23,8 +24,10 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-STATE, CURVE, MODEL, CONFIG, RESULTS = (
-    'state.safetensors', 'curve.csv', 'model.safetensors', 'config.json', 'results.jsonl')
+from timm_nonlocal.spectrum import Spectrum
+
+STATE, CURVE, MODEL, CONFIG, RESULTS, SPECTRA = (
+    'state.safetensors', 'curve.csv', 'model.safetensors', 'config.json', 'results.jsonl', 'spectra.jsonl')
 
 
 class RunError(Exception):
@@ -84,6 +87,15 @@ def save_model(folder: Path, model: nn.Module) -> str:
 
 def save_results(folder: Path, record: dict[str, Any]) -> None:
     write(folder / RESULTS, lambda path: path.write_text(json.dumps(record) + '\n'))
+
+
+def save_spectra(folder: Path, epoch: int, records: list[Spectrum]) -> None:
+    """Adds the line of an epoch: its number, and `blocks` as the inspect command's JSON has them."""
+    path = folder / SPECTRA
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = [line for line in lines if line['epoch'] < epoch]  # a resumed run comes by here again
+    lines.append({'epoch': epoch, 'blocks': [record.to_dict() for record in records]})
+    write(path, lambda beside: beside.write_text(''.join(f'{json.dumps(line)}\n' for line in lines)))
 
 
 def is_finished(folder: Path) -> bool:
