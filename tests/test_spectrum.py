@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import timm_nonlocal
 from timm_nonlocal import NonlocalStage, spectrum
-from timm_nonlocal.null import null_negative
+from timm_nonlocal.null import DRAWS_KEPT, KEPT, USUAL, deviation, null_negative
 from timm_nonlocal.spectrum import numbers, restricted, symmetric_eigenvalues
 
 SEEDED = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -116,6 +116,14 @@ def test_expectation_of_random_weights():
         mean, deviation = null_negative(*shape, 32)
         assert mean == 16 and 0.4 < deviation < 0.75, shape
     assert null_negative(64, 8, 32) == null_negative(64, 8, None) == (8, 0)
+
+
+def test_kept_deviations_are_those_that_are_drawn():
+    kept = json.loads(KEPT.read_text())
+    assert kept['draws'] == DRAWS_KEPT and list(kept['deviations']) == [','.join(map(str, shape)) for shape in USUAL]
+    for shape, value in zip(USUAL, kept['deviations'].values(), strict=True):
+        assert deviation(*shape) == pytest.approx(value, abs=0.06)  # 500 draws against 20,000
+    assert null_negative(2048, 256, 32) == (16, kept['deviations']['256,32,32'])
 
 
 def test_the_random_stream_of_the_caller_is_left_alone():
