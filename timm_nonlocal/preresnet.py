@@ -26,11 +26,16 @@ SMALLEST = 4  # pixels a side
 @torch.fx.wrap
 def _large_enough(x: Tensor) -> Tensor:
     """Images (B, in_chans, H, W), as they came. Raises ValueError if they are too small for the total stride of 4."""
-    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-        if min(x.shape[-2:]) < SMALLEST:
-            raise ValueError(f'an image of {x.shape[-2]}×{x.shape[-1]} pixels is too small: '
-                             f'PreResNet takes {SMALLEST}×{SMALLEST} and larger')
+    if not torch.jit.is_scripting():
+        _measure(x)
     return x
+
+
+@torch.jit.ignore
+def _measure(x: Tensor) -> None:
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and min(x.shape[-2:]) < SMALLEST:
+        raise ValueError(f'an image of {x.shape[-2]}×{x.shape[-1]} pixels is too small: '
+                         f'PreResNet takes {SMALLEST}×{SMALLEST} and larger')
 
 
 class Bottleneck(nn.Module):
