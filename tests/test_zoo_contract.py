@@ -12,7 +12,7 @@ import timm.optim
 import torch
 from PIL import Image
 
-from zoo import calibrated
+from networks import calibrated
 
 
 def gradients(model, x, enable):

@@ -1,14 +1,16 @@
 """Compiled, scripted, traced, exported and in ONNX, a network gives what it gives in eager mode, to 1e-4."""
 
+from functools import cache
+
 import pytest
 import timm
 import torch
 from torch.export import Dim
 
-from timm_nonlocal import NonlocalBlocks, NonlocalStage
+from networks import calibrated
+from timm_nonlocal import NonlocalBlocks, NonlocalStage, PreResNet
 from timm_nonlocal.affinity import AFFINITIES
 from timm_nonlocal.preresnet import ARCHITECTURES
-from zoo import calibrated
 
 FEW = {'preresnet20', 'preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k3'}
 ALL = pytest.mark.parametrize('name', [
@@ -16,17 +18,23 @@ ALL = pytest.mark.parametrize('name', [
     for name in [*ARCHITECTURES, *timm.list_models(module='resnet_nl')]])
 
 
-@pytest.fixture
-def case(name):
+@cache
+def example(name):
     """A network whose parts are not the identity, two images, and what it makes of them."""
-    torch.compiler.reset()
     size = timm.get_pretrained_cfg(name).input_size
-    model, x = calibrated(name, (4, *size)), torch.randn(2, *size)
+    model, x = calibrated(name, (2, *size)), torch.randn(2, *size)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if key.endswith('z.weight') and not weight.any():
                 weight.normal_(std=0.02)
-        yield model, x, model(x)
+        return model, x, model(x)
+
+
+@pytest.fixture
+def case(name):
+    torch.compiler.reset()
+    with torch.no_grad():
+        yield example(name)
 
 
 def close(actual, expected):
@@ -49,7 +57,7 @@ def test_fx(case):
     close(graph(x), y)
     larger = torch.randn(1, 3, 40, 24)
     close(graph(larger), model(larger))
-    if isinstance(model, torch.nn.Module) and hasattr(model, 'layer3') and not hasattr(model, 'layer4'):
+    if isinstance(model, PreResNet):
         with pytest.raises(ValueError, match='an image of 3×40 pixels is too small'):
             graph(torch.randn(1, 3, 3, 40))
 
@@ -72,10 +80,16 @@ def test_compile(case):
     close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), y)
 
 
-@pytest.mark.parametrize('name', ['preresnet20_nl_proposed_k2', *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES)])
+@pytest.mark.parametrize('name', ['preresnet20_nl_proposed_k2'])
 def test_inductor(case):
-    """Forward, and a training step."""
+    model, x, y = case
+    close(torch.compile(model, fullgraph=True)(x), y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ARCHITECTURES)
+def test_inductor_on_all_networks(case):
+    """Forward, and the gradients of a training step."""
     model, x, y = case
     compiled = torch.compile(model, fullgraph=True)
     close(compiled(x), y)

@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 
+from conftest import ROOT
+from networks import calibrated
 from timm_nonlocal import NonlocalBlock, NonlocalStage, memory
 from timm_nonlocal.affinity import Affinity
-from zoo import calibrated
 
 
 @pytest.mark.parametrize('name', ['preresnet20', 'preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k1x3'])
@@ -75,6 +76,16 @@ def test_the_options_that_the_message_names_make_no_matrix(little_memory):
     for affinity in names:
         for module in (NonlocalStage(8, 2, affinity=affinity, merged=True), NonlocalBlock(8, affinity=affinity)):
             module(x)
+
+
+def test_the_readmes_figures():
+    """A and K of one image in float32, by the side of the image."""
+    text = ' '.join((ROOT / 'README.md').read_text().split())
+    figures = re.findall(r'(\S+ .iB) at (\d+)×\2', text)
+    assert len(figures) == 4
+    for figure, side in figures:
+        need = 2 * 4 * int(side) ** 4
+        assert figure == (f'{need / 2 ** 20:.0f} MiB' if need < 2 ** 30 else f'{need / 2 ** 30:.1f} GiB')
 
 
 def test_what_is_available():

@@ -35,7 +35,7 @@ def _weights(name: str, cfg: PretrainedCfg) -> Weights:
     known, data = INDEX.get(name, {}), DATASETS[cfg.tag]
     meta = {'timm_name': name, 'architecture': 'PreResNet', 'categories': list(data.labels),
             'min_size': (SMALLEST, SMALLEST)}
-    if known:
+    if 'recipe' in known:  # else only where the weights are is known
         meta |= {
             'num_params': known['num_params'], '_ops': known['macs'] / 1e9, 'recipe': known['recipe'],
             '_metrics': {data.title: {'acc@1': 100 - known['test_error']}}}

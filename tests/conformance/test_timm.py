@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import timm
 
+from networks import package_with_weights
 from timm_nonlocal.preresnet import ARCHITECTURES
-from zoo import package_with_weights
 
 HERE = Path(__file__).parent
 TESTS = {  # every test of the file that takes a model of any family
