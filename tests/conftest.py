@@ -89,8 +89,8 @@ def small_cifar_here(small_cifar, monkeypatch) -> Path:
     return small_cifar
 
 
-def run(*command: str, data: Path | None = None, **options) -> subprocess.CompletedProcess:
+def run(*command: str, data: Path | None = None, env: dict | None = None, **options) -> subprocess.CompletedProcess:
     """Runs `python …` in a process of its own, with the small data's md5 sums where `data` is given."""
     path = [str(ROOT), *([str(data)] if data else [])]
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(path), 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(path), 'CUDA_VISIBLE_DEVICES': '', **(env or {})}
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600, **options)

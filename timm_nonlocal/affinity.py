@@ -14,6 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .memory import with_room
+
+torch.fx.wrap('with_room')  # symbolic tracing records the call: the sizes are known when it runs
+
 
 class Affinity(nn.Module):
     """What every affinity shares. Rows are positions, and rows of A sum to one unless a class says otherwise.
@@ -79,7 +83,7 @@ class Gaussian(Affinity):
         return dim ** -0.5
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.softmax((q * self.scale) @ k.transpose(1, 2), dim=-1)  # (B, M, M)
+        return torch.softmax((with_room(q) * self.scale) @ k.transpose(1, 2), dim=-1)  # (B, M, M)
 
 
 class EmbeddedGaussian(Gaussian):
@@ -121,7 +125,7 @@ class DotProduct(PerPosition):
     reason = 'a dot product takes both signs, so its row sums come near zero or below it'
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q * (self.scale / q.shape[1])) @ k.transpose(1, 2)  # (B, M, M)
+        return (with_room(q) * (self.scale / q.shape[1])) @ k.transpose(1, 2)  # (B, M, M)
 
 
 class Concatenation(PerPosition):
@@ -147,7 +151,7 @@ class Concatenation(PerPosition):
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         w = self.weight * (self.scale / q.shape[1])
-        rows, columns = q @ w[0], k @ w[-1]  # (B, M) each: w·[θ, φ] splits into a sum
+        rows, columns = with_room(q) @ w[0], k @ w[-1]  # (B, M) each: w·[θ, φ] splits into a sum
         return F.relu(rows.unsqueeze(2) + columns.unsqueeze(1))  # (B, M, M)
 
 

@@ -198,10 +198,14 @@ class NonlocalStage(_Nonlocal):
         """
         w_g = [sub_block.g.weight for sub_block in self.sub_blocks]  # k of (C', C)
         w_z = [sub_block.z.weight for sub_block in self.sub_blocks]  # k of (C, C')
-        g = list(F.linear(x, torch.cat(w_g)).chunk(len(w_g), dim=-1))  # X W_gᵐᵀ for all m, k of (B, M, C')
+        wide, inner = F.linear(x, torch.cat(w_g)), w_g[0].shape[0]
+        g = [wide.narrow(-1, m * inner, inner) for m in range(len(w_g))]  # X W_gᵐᵀ for all m, k of (B, M, C')
         h = []
         for n in range(len(g)):
             h.append(self.affinity.difference(a, g[n]))
             for m in range(n + 1, len(g)):
                 g[m] = g[m] + F.linear(h[n], w_g[m] @ w_z[n])  # (C', C')
         return F.linear(torch.cat(h, dim=-1), torch.cat(w_z, dim=1))  # Σ Hⁿ W_Zⁿᵀ, (B, M, C)
+
+
+KINDS = {'original': NonlocalBlocks, 'proposed': NonlocalStage}  # both take (dim, k, …)

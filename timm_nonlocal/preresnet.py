@@ -7,20 +7,35 @@ Nonlocal Diffusion and Nonlocal Modeling" (NeurIPS 2018), right after the second
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import create_classifier, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.layers import SelectAdaptivePool2d
+from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from torch import Tensor, nn
 
-from .blocks import NonlocalBlocks, NonlocalStage
+from . import pretrained as tags
+from .blocks import KINDS
 
 __all__ = ['PreResNet']
 
-NONLOCAL = {'original': NonlocalBlocks, 'proposed': NonlocalStage}
+SMALLEST = 4  # pixels a side
+
+
+@torch.fx.wrap
+def _large_enough(x: Tensor) -> Tensor:
+    """Images (B, in_chans, H, W), as they came. Raises ValueError if they are too small for the total stride of 4."""
+    if not torch.jit.is_scripting():
+        _measure(x)
+    return x
+
+
+@torch.jit.ignore
+def _measure(x: Tensor) -> None:
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and min(x.shape[-2:]) < SMALLEST:
+        raise ValueError(f'an image of {x.shape[-2]}×{x.shape[-1]} pixels is too small: '
+                         f'PreResNet takes {SMALLEST}×{SMALLEST} and larger')
 
 
 class Bottleneck(nn.Module):
@@ -90,8 +105,8 @@ class PreResNet(nn.Module):
         units = (depth - 2) // 9
         if units < 1 or depth != 9 * units + 2:
             raise ValueError(f'depth={depth} is not 9n+2: use 11, 20, 29, 56, …')
-        if nl is not None and nl not in NONLOCAL:
-            raise ValueError(f'nl={nl!r} is unknown: use one of {", ".join(NONLOCAL)}, or None')
+        if nl is not None and nl not in KINDS:
+            raise ValueError(f'nl={nl!r} is unknown: use one of {", ".join(KINDS)}, or None')
         if nl is not None and (units < 2 or not nl_stages or not set(nl_stages) <= {1, 2, 3}):
             raise ValueError(f'a nonlocal part follows the second unit of stages 1, 2 or 3: '
                              f'depth={depth} has {units} a stage, nl_stages={list(nl_stages)}')
@@ -109,28 +124,38 @@ class PreResNet(nn.Module):
                 layer[str(unit)] = Bottleneck(chs, width, 2 if stage > 1 and unit == 0 else 1, **dd)
                 chs = width * Bottleneck.expansion
                 if nl is not None and stage in nl_stages and unit == 1:
-                    layer['nl'] = NONLOCAL[nl](chs, nl_k, **(nl_args or {}), **dd)
+                    layer['nl'] = KINDS[nl](chs, nl_k, **(nl_args or {}), **dd)
             self.add_module(f'layer{stage}', nn.Sequential(layer))
             self.feature_info.append(dict(num_chs=chs, reduction=2 ** (stage - 1), module=f'layer{stage}'))
         self.norm = nn.BatchNorm2d(chs, **dd)
         self.act = nn.ReLU()
 
         self.num_features = chs
-        self.global_pool, self.fc = create_classifier(chs, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = chs * self.global_pool.feat_mult()
+        self._set_head(num_classes, global_pool, **dd)
         self.init_weights()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """He fan-out for the convolutions, zero for the classifier's bias; nonlocal parts draw their own weights."""
+        """He fan-out for the convolutions; nonlocal parts and the classifier draw their own weights."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-        if isinstance(self.fc, nn.Linear):
-            nn.init.zeros_(self.fc.bias)
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+    def _set_head(self, num_classes: int, pool: str, device=None, dtype=None) -> None:
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool, flatten=bool(pool))
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.fc = nn.Identity()
+        if num_classes:
+            self.fc = nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)
+            nn.init.zeros_(self.fc.bias)
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers, as timm's layer-wise learning rates want them."""
         return dict(stem=r'^conv1', blocks=r'^layer(\d+)' if coarse else [
             (r'^layer(\d+)\.(\d+)', None),
             (r'^layer(\d+)\.nl', (1,)),  # with the unit it follows
@@ -138,41 +163,40 @@ class PreResNet(nn.Module):
         ])
 
     @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """No parameter is exempt: the paper decays all of them."""
+        return set()
+
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes every unit in the backward pass, which then also updates the BN statistics a second time."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """The linear classifier, or the identity where there is none."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replaces the classifier, and the pooling unless global_pool is None; 0 classes or '' leave one out."""
-        self.num_classes = num_classes
+        weight = next(self.parameters())
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=pool, **get_device_dtype(self))
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
-
-    def _layer(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(layer, x)
-        return layer(x)
+        self._set_head(num_classes, pool, weight.device, weight.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to features (B, 256, H/4, W/4), after the final BN-ReLU."""
-        x = self.conv1(x)
-        x = self._layer(self.layer1, x)
-        x = self._layer(self.layer2, x)
-        x = self._layer(self.layer3, x)
+        """Images (B, in_chans, H, W) to features (B, 256, ⌈H/4⌉, ⌈W/4⌉), after the final BN-ReLU."""
+        x = self.conv1(_large_enough(x))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
+        else:
+            x = self.layer3(self.layer2(self.layer1(x)))
         return self.act(self.norm(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (B, 256, h, w) to logits (B, num_classes), or to what the classifier reads."""
         x = self.global_pool(x)
         if self.drop_rate:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,7 +227,7 @@ class PreResNet(nn.Module):
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: the last n if an int, all if None, else those listed.
+            indices: the last n if an int, all if None, else those listed (negative from the end).
             norm: apply the final BN-ReLU to the last stage's output, the only one it fits.
             stop_early: stop after the last one asked for.
             output_fmt: 'NCHW'.
@@ -213,10 +237,11 @@ class PreResNet(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' is made")
         take = self._take_indices(indices)
         last = max(take)
-        x = self.conv1(x)
+        x = self.conv1(_large_enough(x))
         intermediates = [x] if 0 in take else []
-        for index in range(1, (last if stop_early else 3) + 1):
-            x = self._layer(getattr(self, f'layer{index}'), x)
+        for index in range(1, last + 1 if stop_early else 4):
+            layer = getattr(self, f'layer{index}')
+            x = checkpoint_seq(layer, x) if self.grad_checkpointing else layer(x)
             if index in take:
                 intermediates.append(self.act(self.norm(x)) if norm and index == 3 else x)
         if intermediates_only:
@@ -243,12 +268,6 @@ class PreResNet(nn.Module):
         return take
 
 
-DATASETS = {  # number of classes, and the training images' mean colour, which stands for their mean image
-    'cifar10': (10, (0.4914, 0.4822, 0.4465)),
-    'cifar100': (100, (0.5071, 0.4865, 0.4409)),
-}
-
-
 def _architectures() -> dict[str, dict[str, Any]]:
     """Every registered name with the arguments of its PreResNet."""
     nets = {}
@@ -262,32 +281,15 @@ def _architectures() -> dict[str, dict[str, Any]]:
     return nets
 
 
-def _cfg(architecture: str, dataset: str) -> dict[str, Any]:
-    num_classes, mean = DATASETS[dataset]
-    weights = Path(__file__).with_name('weights') / f'{architecture}.{dataset}.safetensors'
-    return dict(
-        file=str(weights) if weights.is_file() else None,
-        num_classes=num_classes, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, interpolation='bicubic',
-        mean=mean, std=(1.0, 1.0, 1.0), first_conv='conv1', classifier='fc', license='apache-2.0',
-        paper_ids='arXiv:1806.00681',
-        paper_name='Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling',
-    )
-
-
-def _default_cfgs() -> dict[str, dict[str, Any]]:
-    cfgs = {}
-    for architecture, args in _architectures().items():
-        first = 'cifar10' if args['depth'] == 20 else 'cifar100'  # as in the paper; '*' marks the default tag
-        for dataset in sorted(DATASETS, key=lambda name: name != first):
-            cfgs[f'{architecture}.{dataset}{"*" if dataset == first else ""}'] = _cfg(architecture, dataset)
-    return cfgs
-
-
-default_cfgs = generate_default_cfgs(_default_cfgs())  # timm looks for this very name
+ARCHITECTURES = _architectures()
+default_cfgs = tags.default_cfgs({  # timm looks for this very name
+    name: 'cifar10' if args['depth'] == 20 else 'cifar100' for name, args in ARCHITECTURES.items()})  # as in the paper
 
 
 def _entrypoint(name: str, model_args: dict[str, Any]):
     def create(pretrained: bool = False, **kwargs) -> PreResNet:
+        if pretrained:
+            tags.require_weights(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         return build_model_with_cfg(
             PreResNet, name, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), **{**model_args, **kwargs})
 
@@ -297,5 +299,5 @@ def _entrypoint(name: str, model_args: dict[str, Any]):
     return register_model(create)
 
 
-for _name, _args in _architectures().items():
+for _name, _args in ARCHITECTURES.items():
     globals()[_name] = _entrypoint(_name, _args)

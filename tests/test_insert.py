@@ -1,0 +1,292 @@
+"""A nonlocal part in any network: found by name, the identity at first, gone without a trace."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torchvision.models import get_model
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+from timm_nonlocal import NonlocalBlocks, NonlocalStage, insert, remove
+
+
+def torchvision(name):
+    model = get_model(name, weights=None)
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and not parameter.any():  # a head of zeros would hide everything
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def features(name):
+    return timm.create_model(name, features_only=True)
+
+
+def tensors(out):
+    return list(out.values()) if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else [out]
+
+
+def wake(model):
+    """Gives every part a W_Z that is not zero."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if '.nl.' in name and name.endswith('z.weight'):
+                weight.normal_(std=0.05)
+    return model
+
+
+PLACES = [  # maker, name, after, where the part's keys are, C, image size
+    (timm.create_model, 'resnet50', 'layer1.1', 'layer1.1', 256, 64),
+    (timm.create_model, 'convnext_tiny', 'stages.1', 'stages.1', 192, 64),
+    (timm.create_model, 'efficientnet_b0', 'blocks.2', 'blocks.2.1', 40, 64),  # a Sequential: its last module
+    (timm.create_model, 'vit_tiny_patch16_224', 'blocks.5', 'blocks.5', 192, 224),  # tokens
+    (torchvision, 'resnet18', 'layer2.1', 'layer2.1', 128, 64),
+    (features, 'resnet18', 'layer2', 'layer2.1', 128, 64),
+    (features, 'convnext_atto', 'stages_1', 'stages_1', 80, 64),
+]
+MORE_PLACES = [
+    (timm.create_model, 'swin_tiny_patch4_window7_224', 'layers.1', 'layers.1', 192, 224),  # NHWC
+    (torchvision, 'swin_t', 'features.3', 'features.3.1', 192, 224),  # NHWC, which nothing but the shape tells
+    (torchvision, 'vit_b_16', 'encoder.layers.encoder_layer_1', 'encoder.layers.encoder_layer_1', 768, 224),
+    (torchvision, 'densenet121', 'features.transition2', 'features.transition2.pool', 256, 64),
+    (timm.create_model, 'regnety_002', 's2', 's2.b1', 56, 64),
+    (timm.create_model, 'maxvit_pico_rw_256', 'stages.1', 'stages.1', 64, 256),
+    (features, 'vit_tiny_patch16_224', 'model.blocks.4', 'model.blocks.4', 192, 224),
+]
+
+
+@pytest.mark.parametrize(('make', 'name', 'after', 'place', 'dim', 'size'), [
+    *PLACES, *(pytest.param(*place, marks=pytest.mark.slow) for place in MORE_PLACES)])
+def test_any_network(make, name, after, place, dim, size):
+    """Bit for bit the same in eval; another once W_Z is not zero; and as it was after `remove`."""
+    model, x = make(name).eval(), torch.randn(1, 3, size, size)
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        before = tensors(model(x))
+        assert insert(model, after, 'proposed', 5) is model
+        part = model.get_submodule(f'{place}.nl')
+        assert isinstance(part, NonlocalStage) and len(part.sub_blocks) == 5 and not part.training
+        assert part.theta.weight.shape == (dim // 2, dim)
+        assert [key for key in model.state_dict() if f'{place}.nl.' not in key] == keys
+        for actual, expected in zip(tensors(model(x)), before, strict=True):
+            assert torch.equal(actual, expected)
+        wake(model)
+        assert not torch.equal(tensors(model(x))[-1], before[-1])
+        assert remove(model) is model
+        assert list(model.state_dict()) == keys
+        for actual, expected in zip(tensors(model(x)), before, strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_the_part_acts_on_the_modules_output():
+    model, seen = timm.create_model('test_vit', img_size=64).eval(), {}
+    block = model.blocks[3]
+    block.register_forward_hook(lambda module, args, out: seen.update(after=out))
+    with torch.no_grad():
+        plain = block(x := torch.randn(2, 17, 64))
+        assert torch.equal(seen['after'], plain)
+        wake(insert(model, 'blocks.3', k=3, example=torch.zeros(1, 3, 64, 64)))
+        expected = block.nl(plain.transpose(1, 2)).transpose(1, 2)
+        torch.testing.assert_close(block(x), expected)
+        assert torch.equal(seen['after'], block(x))  # whoever listened before hears the part too
+
+
+def test_several_places_and_one_taken_out():
+    model, x = timm.create_model('test_resnet').eval(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        insert(model, ['layer1.0', 'layer3.0'], kind='original', k=2, symmetric=True)
+        assert all(isinstance(m.nl, NonlocalBlocks) for m in (model.layer1[0], model.layer3[0]))
+        assert torch.equal(model(x), before)
+        remove(model, 'layer1.0')
+        assert not hasattr(model.layer1[0], 'nl') and hasattr(model.layer3[0], 'nl')
+        insert(model, 'layer1.0', k=1)
+        assert isinstance(model.layer1[0].nl, NonlocalStage)
+        remove(model, ['layer1.0', 'layer3.0'])
+        assert torch.equal(model(x), before)
+
+
+def test_arguments_reach_the_part():
+    model = insert(timm.create_model('test_resnet'), 'layer1.0', k=2, affinity='uniform', init='xavier_normal',
+                   inner_dim=16)
+    part = model.layer1[0].nl
+    assert type(part.affinity).__name__ == 'Uniform' and part.sub_blocks[1].z.weight.shape == (32, 16)
+    assert part.sub_blocks[1].z.weight.any() and part.training
+
+
+@pytest.mark.parametrize('kwargs', [{'dtype': torch.bfloat16}, {'device': 'meta'}, {'in_chans': 1}])
+def test_the_part_is_where_the_model_is(kwargs):
+    model = timm.create_model('test_resnet', **kwargs)
+    model.layer1.eval()
+    insert(model, 'layer2.0')
+    assert {(p.device, p.dtype) for p in model.parameters()} == {(model.fc.weight.device, model.fc.weight.dtype)}
+    assert model.training and not model.layer1[0].training and model.layer2[0].nl.training
+
+
+def test_state_dict_round_trip():
+    """A plain checkpoint loads before, the whole after, and nothing is missed."""
+    model = wake(insert(timm.create_model('test_resnet').eval(), ['layer1.0', 'layer4.0'], k=3))
+    plain = timm.create_model('test_resnet')
+    plain.load_state_dict({key: w for key, w in model.state_dict().items() if '.nl.' not in key})
+    again = insert(plain.eval(), ['layer1.0', 'layer4.0'], k=3)
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x), model(x))
+
+
+def test_copies_stand_alone():
+    model, x = wake(insert(timm.create_model('test_resnet').eval(), 'layer1.0')), torch.randn(1, 3, 64, 64)
+    y = model(x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), y)
+        wake(other)
+        assert not torch.equal(other(x), y) and torch.equal(model(x), y)
+        remove(other)
+        assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
+def test_fine_tuning(name):
+    """The part learns, also under gradient checkpointing, in the group of the module that it follows."""
+    after = 'layer3.0' if name == 'test_resnet' else 'blocks.5'
+    model = insert(timm.create_model(name, num_classes=5), after, k=2).train()
+    model.set_grad_checkpointing()
+    model(torch.randn(2, 3, 160, 160)).square().sum().backward()
+    part = model.get_submodule(f'{after}.nl')
+    assert all(p.grad is not None for p in model.parameters())
+    assert part.sub_blocks[0].z.weight.grad.any()
+    groups = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
+    assert len({layer for name, layer in groups.items() if name.startswith(f'{after}.')}) == 1
+
+
+def test_a_feature_pyramid():
+    """Several levels, in the body and in the pyramid; and a head that runs on every level shares one part."""
+    x = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        model = resnet_fpn_backbone(backbone_name='resnet18', weights=None).eval()
+        before = tensors(model(x))
+        insert(model, ['body.layer3', 'fpn.layer_blocks.0', 'fpn.layer_blocks.2'], k=2)
+        assert model.fpn.layer_blocks[2][0].nl.theta.weight.shape == (128, 256)
+        for actual, expected in zip(tensors(model(x)), before, strict=True):
+            assert torch.equal(actual, expected)
+        detector = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+        insert(detector, ['backbone.fpn.inner_blocks.0', 'rpn.head.conv'], example=[torch.zeros(3, 64, 64)])
+        assert detector.rpn.head.conv[0][1].nl.theta.weight.shape == (128, 256)
+
+
+def test_graphs_hold_the_part():
+    model, x = wake(insert(timm.create_model('test_resnet').eval(), 'layer2.0', k=2)), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        y = model(x)
+        assert not torch.equal(remove(copy.deepcopy(model))(x), y)
+        for other in (torch.jit.script(model), torch.fx.symbolic_trace(model),
+                      torch.export.export(model, (x,)).module(),
+                      torch.compile(model, fullgraph=True, backend='aot_eager')):
+            torch.testing.assert_close(other(x), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    (dict(after='layer1.7'), r"after='layer1\.7': no module has that name; nearest are .*layer1\.0"),
+    (dict(after=''), 'no module has that name; nearest are conv1, bn1'),
+    (dict(after=[]), r'after is empty: name a module, such as after="layer1\.1"'),
+    (dict(after=['layer2', 'layer2.0']), 'two of them are the same place'),
+    (dict(after='layer1.0', kind='cubic'), "kind='cubic' is unknown: use one of original, proposed"),
+    (dict(after='layer1.0', k=0), r"after='layer1\.0': k=0: it must be a whole number of at least 1"),
+    (dict(after='layer1.0', affinity='cosine'), "affinity='cosine' is unknown: use one of embedded_gaussian, "),
+    (dict(after='fc'), r"after='fc': it gives \(1, 1000\), not \(B, C, H, W\) or \(B, M, C\)"),
+    (dict(after='layer1.0', example=torch.zeros(1, 5, 64, 64)),
+     r'the model does not take \(1, 5, 64, 64\): give what it takes as example=…'),
+])
+def test_bad_arguments_leave_the_model_as_it_was(kwargs, message):
+    model = timm.create_model('test_resnet')
+    with pytest.raises(ValueError, match=message) as error:
+        insert(model, **kwargs)
+    assert '\n' not in str(error.value)
+    assert not [name for name in model.state_dict() if '.nl.' in name] and model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Odd(torch.nn.Module):
+    """Holds a module that is used on two widths, one that is not used, and a container with a forward of its own."""
+
+    class Dense(torch.nn.ModuleDict):
+        def forward(self, x):
+            return torch.cat([x, *(child(x) for child in self.values())], 1)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.unused = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.ReLU()
+        self.dense = self.Dense({'a': torch.nn.Conv2d(8, 4, 1), 'b': torch.nn.Conv2d(8, 4, 1)})
+
+    def forward(self, x):
+        return self.relu(self.dense(self.relu(self.conv(x)))), {}
+
+
+@pytest.mark.parametrize(('after', 'message'), [
+    ('relu', r"after='relu': it runs 2 times, on \[8, 16\] channels; name a module that runs once"),
+    ('unused', "after='unused': the module does not run in the forward pass; name the one that holds it"),
+    ('dense', "after='dense': a Dense runs its children itself; name one of them, or the module that follows"),
+])
+def test_places_that_do_not_fit(after, message):
+    with pytest.raises(ValueError, match=message):
+        insert(Odd(), after)
+    insert(Odd(), 'dense.a')
+
+
+def test_odd_channels_need_an_inner_dim():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 7, 3), torch.nn.Flatten())
+    with pytest.raises(ValueError, match=r"after='0': dim=7 is odd.*or give inner_dim"):
+        insert(model, '0')
+    insert(model, '0', inner_dim=3)
+
+
+def test_a_model_without_a_convolution_needs_an_example():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU())
+    with pytest.raises(ValueError, match='no 2-D convolution to tell its input by: give what it takes as example=…'):
+        insert(model, '0')
+    insert(model, '0', example=torch.zeros(1, 5, 4))
+    assert model(torch.zeros(2, 5, 4)).shape == (2, 5, 6)
+
+
+def test_inserting_and_removing_twice():
+    model = insert(timm.create_model('test_resnet'), 'layer1.0')
+    with pytest.raises(ValueError, match=r"there is a part already; take it out with remove\(model, 'layer1.0'\)"):
+        insert(model, 'layer1.0')
+    with pytest.raises(ValueError, match=r"after='layer2.0': nothing was inserted there; parts follow layer1.0"):
+        remove(model, 'layer2.0')
+    remove(model)
+    with pytest.raises(ValueError, match='nothing was inserted there; parts follow no module'):
+        remove(model)
+
+
+def test_a_registered_networks_own_part_is_not_taken_out():
+    model = insert(timm.create_model('preresnet20_nl_proposed_k2'), 'layer2.0')
+    remove(model)
+    assert isinstance(model.layer1.nl, NonlocalStage)
+    with pytest.raises(ValueError, match='nothing was inserted there'):
+        remove(model, 'layer1.1')
+
+
+def test_resnet50_on_timms_own_weights(tmp_path):
+    """The registered network is timm's, predictions and all, until the part is trained."""
+    name = 'resnet50_nl_proposed_k5'
+    assert timm.list_pretrained(f'{name}*') == [f'{name}.a1_in1k']
+    cfg, own = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg('resnet50.a1_in1k')
+    assert cfg.hf_hub_id == own.hf_hub_id == 'timm/resnet50.a1_in1k' and cfg.mean == own.mean
+    base, x = timm.create_model('resnet50').eval(), torch.randn(1, 3, 64, 64)
+    file = tmp_path / 'base.pth'
+    torch.save(base.state_dict(), file)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': str(file)}).eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), base(x))
+    assert model.layer3[4].nl.theta.weight.shape == (512, 1024) and model.pretrained_cfg['architecture'] == name
+    torch.save(wake(model).state_dict(), file)  # trained weights have a part of their own
+    again = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay={'file': str(file)}, num_classes=7, in_chans=1).eval()
+    with torch.no_grad():
+        grey = x[:, :1]
+        torch.testing.assert_close(again.forward_features(grey), model.forward_features(grey.expand_as(x)))
+        assert again(grey).shape == (1, 7)
