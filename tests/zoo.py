@@ -1,0 +1,81 @@
+"""A copy of the project with briefly trained weights in it, and processes that publish from it and load from the Hub.
+
+The weights learned from a hundred random images: what they are good for is to go the way that trained ones will go. They
+live in a temporary folder and never in the repository.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORKS = ('preresnet20', 'preresnet20_nl_proposed_k2')
+
+
+class Zoo:
+    """The copy; `root` is its top. Its commands run as a user runs them, in processes of their own."""
+
+    def __init__(self, root: Path, data: Path):
+        self.root = root
+        for part in ('timm_nonlocal', 'hub', 'train', 'MODEL_CARD.md'):
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, root / part)
+        results, weights = root / 'hub/results.jsonl', root / 'timm_nonlocal/weights'
+        weights.mkdir(exist_ok=True)
+        results.unlink(missing_ok=True)
+        for network in NETWORKS:
+            run = root / 'runs' / network
+            done = self.run('train/cifar.py', '--model', network, '--data-dir', str(data), '--output-dir', str(run),
+                            '--epochs', '2', '--batch-size', '40', '--threads', '1',
+                            PYTHONPATH=f'{root}{os.pathsep}{data}')
+            assert done.returncode == 0, done.stderr
+            shutil.copy(run / 'model.safetensors', weights / f'{network}.cifar10.safetensors')
+            with open(results, 'a') as file:
+                file.write((run / 'results.jsonl').read_text())
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """This environment without anything of the Hub's in it, with the copy's packages first."""
+        env = {name: value for name, value in os.environ.items() if not name.startswith(('HF_', 'HUGGING'))}
+        return {**env, 'PYTHONPATH': str(self.root), 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1',
+                'HF_HUB_DISABLE_TELEMETRY': '1', **more}
+
+    def run(self, *command: str, **env: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *command], cwd=self.root, env=self.environment(**env),
+                              capture_output=True, text=True, timeout=600)
+
+
+class Worker:
+    """A Python process that answers JSON lines: what `code` makes of `ask` in `answer`.
+
+    It spares every step of a test the seconds that importing torch takes.
+    """
+
+    LOOP = """
+import contextlib, io, json, sys
+{setup}
+for line in sys.stdin:
+    ask, said, answer = json.loads(line), io.StringIO(), None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        {code}
+    print(json.dumps([answer, said.getvalue()]), flush=True)
+"""
+
+    def __init__(self, setup: str, code: str, env: dict[str, str], cwd: Path, python: str = sys.executable):
+        self.process = subprocess.Popen(
+            [python, '-c', self.LOOP.format(setup=setup, code=code.replace('\n', '\n        '))], cwd=cwd, env=env,
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __call__(self, **ask) -> list:
+        """The answer and what was printed."""
+        self.process.stdin.write(json.dumps(ask) + '\n')
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f'the worker ended with {self.process.wait()}'
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(30)
