@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
@@ -14,6 +14,7 @@ from .store import Account, Blob, Commit, HubError, Repository
 
 REPO = r'(?P<repo>[^/]+/[^/]+)'
 REVISION = r'(?P<revision>[^/]+)'
+SHA256 = '(?P<sha256>[0-9a-f]{64})'
 LARGE = ('.safetensors', '.bin', '.pt', '.pth')
 ROUTES: dict[str, list[tuple[str, re.Pattern, Callable]]] = {'hub': [], 'cdn': []}
 
@@ -204,35 +205,35 @@ def lfs_batch(call: Call, repo: str) -> tuple:
     objects = []
     for wish in call.json()['objects']:
         objects.append({'oid': wish['oid'], 'size': wish['size']})
-        if wish['oid'] not in call.hub.store.objects:
+        if (repo, wish['oid']) not in call.hub.store.objects:
             objects[-1]['actions'] = {
-                'upload': {'href': f'{call.hub.cdn_url}/objects/{wish["oid"]}'},
-                'verify': {'href': f'{call.hub.url}/api/lfs-verify/{wish["oid"]}'}}
+                'upload': {'href': f'{call.hub.cdn_url}/objects/{repo}/{wish["oid"]}'},
+                'verify': {'href': f'{call.hub.url}/{repo}.git/info/lfs/verify/{wish["oid"]}'}}
     transfer = 'xet' if call.hub.xet and 'xet' in call.json()['transfers'] else 'basic'
     return 200, {'transfer': transfer, 'objects': objects}
 
 
-@route('POST', '/api/lfs-verify/(?P<sha256>[0-9a-f]{64})')
-def lfs_verify(call: Call, sha256: str) -> tuple:
-    data = call.hub.store.objects.get(sha256)
+@route('POST', rf'/{REPO}\.git/info/lfs/verify/{SHA256}')
+def lfs_verify(call: Call, repo: str, sha256: str) -> tuple:
+    data = call.hub.store.objects.get((repo, sha256))
     if data is None or len(data) != call.json()['size']:
         raise HubError(404, f'no object {sha256} of that size')
     return 200, {}
 
 
-@route('PUT', '/objects/(?P<sha256>[0-9a-f]{64})', 'cdn')
-def put_object(call: Call, sha256: str) -> tuple:
+@route('PUT', f'/objects/{REPO}/{SHA256}', 'cdn')
+def put_object(call: Call, repo: str, sha256: str) -> tuple:
     if hashlib.sha256(call.body).hexdigest() != sha256:
         raise HubError(400, 'BadDigest: the bytes are not those that were announced')
-    call.hub.store.objects[sha256] = call.body
+    call.hub.store.objects[repo, sha256] = call.body
     return 200, b''
 
 
-@route('GET', '/objects/(?P<sha256>[0-9a-f]{64})', 'cdn')
-def get_object(call: Call, sha256: str) -> tuple:
-    if sha256 not in call.hub.store.objects:
+@route('GET', f'/objects/{REPO}/{SHA256}', 'cdn')
+def get_object(call: Call, repo: str, sha256: str) -> tuple:
+    if (repo, sha256) not in call.hub.store.objects:
         raise HubError(404, 'NoSuchKey')
-    return 200, call.hub.store.objects[sha256], {'ETag': f'"{sha256}"', 'Accept-Ranges': 'bytes'}
+    return 200, call.hub.store.objects[repo, sha256], {'ETag': f'"{sha256}"', 'Accept-Ranges': 'bytes'}
 
 
 @route('GET', f'/api/models/{REPO}/xet-(?P<kind>read|write)-token/{REVISION}')
@@ -245,20 +246,18 @@ def xet_token(call: Call, repo: str, kind: str, revision: str) -> tuple:
                  'exp': int(headers['X-Xet-Token-Expiration'])}, headers
 
 
-def _large_blob(call: Call, sha256: str, size: int) -> Blob:
-    """The blob of an uploaded object. Raises HubError 400 where nothing of the kind was uploaded."""
-    store, xet_hash = call.hub.store, None
-    if call.hub.xet and sha256 not in store.objects and (xet_hash := call.hub.xet.find(sha256)):
-        store.objects[sha256] = call.hub.xet.read(sha256, xet_hash, size)
-    elif call.hub.xet:
-        xet_hash = call.hub.xet.find(sha256)
-    if sha256 not in store.objects:
+def _large_blob(call: Call, repo: str, sha256: str, size: int) -> Blob:
+    """The blob of an object uploaded to a repository. Raises HubError 400 where nothing of the kind was."""
+    objects, xet_hash = call.hub.store.objects, call.hub.xet and call.hub.xet.find(sha256)
+    if xet_hash and (repo, sha256) not in objects:
+        objects[repo, sha256] = call.hub.xet.read(sha256, xet_hash, size)
+    if (repo, sha256) not in objects:
         raise HubError(400, f'Your push was rejected because an LFS pointer pointed to a file that does not exist: '
                             f'{sha256}')
-    return Blob(store.objects[sha256], large=True, xet_hash=xet_hash)
+    return Blob(objects[repo, sha256], large=True, xet_hash=xet_hash)
 
 
-def _changed(call: Call, files: dict[str, Blob], operations: Iterator[dict]) -> dict[str, Blob]:
+def _changed(call: Call, repo: str, files: dict[str, Blob], operations: list[dict]) -> dict[str, Blob]:
     files = dict(files)
     for operation in operations:
         value = operation['value']
@@ -268,7 +267,7 @@ def _changed(call: Call, files: dict[str, Blob], operations: Iterator[dict]) -> 
                 raise HubError(400, f'{value["path"]} is binary: upload it as a large file')
             files[value['path']] = Blob(data)
         elif operation['key'] == 'lfsFile':
-            files[value['path']] = _large_blob(call, value['oid'], value['size'])
+            files[value['path']] = _large_blob(call, repo, value['oid'], value['size'])
         elif operation['key'] == 'deletedFile':
             if files.pop(value['path'], None) is None:
                 raise HubError(404, "A file with this name doesn't exist", 'EntryNotFound')
@@ -284,7 +283,7 @@ def commit(call: Call, repo: str, revision: str) -> tuple:
         raise HubError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
     header, *operations = map(json.loads, call.body.splitlines())
     parent = header['value'].get('parentCommit')
-    files = _changed(call, repository.find(revision).files, iter(operations))
+    files = _changed(call, repo, repository.find(revision).files, operations)
     new = repository.commit(revision, header['value']['summary'], files, parent)
     return 200, {'success': True, 'commitOid': new.oid, 'commitUrl': f'{call.hub.url}/{repo}/commit/{new.oid}'}
 
@@ -312,7 +311,7 @@ def resolve(call: Call, repo: str, revision: str, path: str) -> tuple:
         headers |= {'X-Xet-Hash': blob.xet_hash, 'X-Xet-Refresh-Route': refresh,
                     'Link': f'<{refresh}>; rel="xet-auth"'}
     return 302, b'', {**headers, 'X-Linked-Etag': f'"{blob.sha256}"', 'X-Linked-Size': str(len(blob.data)),
-                      'ETag': f'"{blob.sha256}"', 'Location': f'{call.hub.cdn_url}/objects/{blob.sha256}'}
+                      'ETag': f'"{blob.sha256}"', 'Location': f'{call.hub.cdn_url}/objects/{repo}/{blob.sha256}'}
 
 
 @route('GET', f'/api/resolve-cache/models/{REPO}/{REVISION}/(?P<path>.+)')

@@ -31,8 +31,8 @@ class Request(NamedTuple):
 class Fault:
     """What goes wrong with the next `times` requests of a method whose path matches.
 
-    `cut` closes the connection after so many bytes of the answer's body, or of the request's where it has one;
-    otherwise the answer is `status`.
+    `cut` closes the connection after so many bytes of the answer's body, or of the request's where it has one. `mute`
+    does what was asked and closes the connection without an answer. Otherwise the answer is `status`.
     """
 
     method: str
@@ -40,6 +40,7 @@ class Fault:
     status: int = 503
     times: int = 1
     cut: int | None = None
+    mute: bool = False
     headers: dict[str, str] = field(default_factory=dict)
     message: str = 'made to fail'
 
@@ -134,6 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(cut)
             return self._hang_up(0)
         body = self._body()
+        if fault and fault.mute:
+            self._answer(body)
+            return self._hang_up(0)
         if fault and cut is None:
             answer = self._error(HubError(fault.status, fault.message, headers=fault.headers))
         else:

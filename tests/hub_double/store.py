@@ -1,7 +1,6 @@
 """What the double keeps, in memory: accounts, repositories, their commits, branches and tags, and large objects."""
 
 import hashlib
-import itertools
 import threading
 from dataclasses import dataclass, field
 
@@ -91,8 +90,7 @@ class Store:
         self.lock = threading.RLock()
         self.accounts: dict[str, Account] = {}
         self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}
-        self.numbers = itertools.count(1)
+        self.objects: dict[tuple[str, str], bytes] = {}  # by repository and sha256
 
     def create(self, repo_id: str, private: bool) -> Repository:
         repository = self.repositories[repo_id] = Repository(private)
