@@ -1,0 +1,136 @@
+"""Figures 1 to 4 from made-up runs: what is drawn, what is said of it, and what is named as missing."""
+
+import math
+
+import pytest
+
+from hub import figures, paper, spectra
+from hub.results import HubError
+from test_hub_cards import run
+
+EPOCHS = (36, 82, 125, 164)
+
+
+def top(negative: int, largest_positive: float = 0.3) -> list[float]:
+    """32 eigenvalues by magnitude, so many of them negative, the positive ones smaller than `largest_positive`."""
+    values = [-1.0 / (index + 1) for index in range(negative)]
+    values += [largest_positive / (index + 1) for index in range(32 - negative)]
+    return sorted(values, key=abs, reverse=True)
+
+
+def made_run(architecture: str, *blocks: list[float], loss: float = 0.1, **more) -> dict:
+    kept = [{'epoch': epoch, 'blocks': [{'eigenvalues': block} for block in blocks]} for epoch in EPOCHS]
+    return run(architecture, spectra=kept, train_loss=[2.0, 1.0, loss], **more)
+
+
+@pytest.fixture
+def everything() -> list[dict]:
+    """Runs in which all that the paper says holds."""
+    return [made_run(f'preresnet20_nl_original_k{k}', *([top(28)] * k)) for k in (1, 2, 3)] + [
+        made_run('preresnet20_nl_original_k4', *([top(20)] * 3), top(16, 0.9), loss=1.1),
+        made_run('preresnet20_nl_proposed_k4', *([top(9)] * 4))]
+
+
+def panels(drawn) -> list:
+    return [panel for found in drawn.values() for panel in found]
+
+
+def test_all_panels_and_their_captions(everything):
+    drawn = figures.collect(everything, [])
+    assert [len(found) for found in drawn.values()] == [3, 3, 2, 1] and not any(p.missing for p in panels(drawn))
+    assert all('. Agrees' in panel.verdict for panel in panels(drawn)), [p.verdict for p in panels(drawn)]
+    captions = figures.captions(drawn)
+    assert '- (b) 2 blocks: 28 and 28 of the top 32 are negative (16.0 ± 0.' in captions[1]
+    assert '- (c) epoch 125: 28 of the top 32 are negative' in captions[2]
+    assert 'final training loss 0.100, 0.100, 0.100 and 1.100 for 1 to 4 blocks, with 4 11.0 times' in captions[3]
+    assert '- 4 sub-blocks: 23, 23, 23 and 23 of the top 32 are positive' in captions[4]
+
+
+def test_captions_say_what_does_not_agree():
+    runs = [made_run(f'preresnet20_nl_original_k{k}', *([top(16)] * k)) for k in (1, 2, 3, 4)] + [
+        made_run('preresnet20_nl_proposed_k4', top(9), top(9), top(9), top(20))]
+    verdicts = [panel.verdict for panel in panels(figures.collect(runs, []))]
+    assert len(verdicts) == 9 and all('. Does not agree' in verdict for verdict in verdicts), verdicts
+
+
+def test_a_run_that_diverged_is_said_to_have(everything):
+    everything[3]['train_loss'] = [2.0, math.nan, math.nan]
+    assert 'with 4 it diverged' in figures.captions(figures.collect(everything, []))[3]
+
+
+def test_another_recipe_is_said_to_be_one(everything):
+    everything[0]['recipe'] = {**everything[0]['recipe'], 'epochs': 10}
+    drawn = figures.collect(everything, [])
+    assert drawn[1][0].missing == ['weights of preresnet20_nl_original_k1.cifar10'], 'it does not count'
+
+
+def test_the_run_with_the_median_error_stands_for_a_network():
+    runs = [made_run('preresnet20_nl_original_k1', top(negative), seed=seed, error=error)
+            for seed, (negative, error) in enumerate(((20, 8.0), (25, 7.0), (30, 7.5)))]
+    (panel, *_) = figures.collect(runs, [])[1]
+    assert sum(value < 0 for value in panel.series['block 1']) == 30
+
+
+def test_missing_panels_are_named_and_the_others_drawn(everything, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, 'FOLDER', tmp_path)
+    monkeypatch.setattr(figures, 'HUB', tmp_path)
+    monkeypatch.setattr(figures, 'load', lambda: everything[:1])
+    monkeypatch.setattr(figures, 'shipped', lambda runs: [])
+    (tmp_path / 'figure4.png').write_bytes(b'of long ago')
+    del everything[0]['spectra'][1]
+    assert figures.main([]) == 1
+    said = capsys.readouterr().err.splitlines()
+    name = 'preresnet20_nl_original_k{}.cifar10'
+    assert said == [
+        f'missing: Figure 1 (b): weights of {name.format(2)}', f'missing: Figure 1 (c): weights of {name.format(3)}',
+        f'missing: Figure 2 (b): the spectrum after epoch 82 of {name.format(1)}',
+        *(f'missing: Figure 3 (a): the training curve of {name.format(k)}' for k in (2, 3, 4)),
+        f'missing: Figure 3 (b): weights of {name.format(4)}',
+        'missing: Figure 4: weights of preresnet20_nl_proposed_k4.cifar10']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['figure1.png', 'figure2.png', 'figure3.png']
+
+
+def test_pictures_know_their_data(everything, tmp_path, monkeypatch):
+    from hub import drawing
+    monkeypatch.setattr(figures, 'FOLDER', tmp_path)
+    monkeypatch.setattr(figures, 'HUB', tmp_path / 'hub')
+    drawn = figures.collect(everything, [])
+    for number, found in drawn.items():
+        drawing.figure(figures.picture(number), found, figures.digest(found))
+        first = figures.picture(number).read_bytes()
+        drawing.figure(figures.picture(number), found, figures.digest(found))
+        assert first.startswith(b'\x89PNG') and len(first) > 5000 and figures.picture(number).read_bytes() == first
+    assert figures.stale(drawn) == []
+    everything[4]['spectra'][-1]['blocks'][0]['eigenvalues'] = top(10)
+    assert figures.stale(figures.collect(everything, [])) == [
+        'figure4.png does not show the present data: run python -m hub.figures']
+    assert len(figures.stale(figures.collect([], []))) == 4, 'pictures of nothing'
+
+
+def test_results_that_cannot_be_used(monkeypatch, capsys):
+    def load():
+        raise HubError('line 3 is not a JSON object')
+    monkeypatch.setattr(figures, 'load', load)
+    assert figures.main([]) == 2 and capsys.readouterr().err == 'error: line 3 is not a JSON object\n'
+
+
+def test_chance():
+    """By Sylvester's law half of all 64 are negative, and by symmetry half of the top 32 on average."""
+    mean, spread = spectra.chance(64, 32)
+    assert abs(mean - 16) < 0.2 and 0.4 < spread < 0.8
+
+
+def test_shipped_weights_come_first(zoo):
+    """Figure panels of a network with weights show those weights, not what a run kept."""
+    code = ('from hub import figures, results; runs = results.load(); files = results.shipped(runs); '
+            'from hub.paper import Panel; found = figures.source("preresnet20_nl_proposed_k2", runs, files); '
+            'panel = figures._spectrum(Panel("a", "", ("preresnet20_nl_proposed_k2",), "negative"), found); '
+            'print(len(panel.series), panel.verdict)')
+    done = zoo.run('-c', code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('2 ') and 'not the paper’s recipe: preresnet20_nl_proposed_k2: epochs 2' in done.stdout
+
+
+def test_every_panel_names_a_network_of_the_zoo():
+    names = {name for figure in paper.FIGURES for panel in figure.panels for name in panel.architectures}
+    assert names == {*(f'preresnet20_nl_original_k{k}' for k in (1, 2, 3, 4)), 'preresnet20_nl_proposed_k4'}
