@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from . import paper
 from .results import Run, Shipped, counted, deviations, median_runs, summary
-from .spectra import chance, of_weights
+from .spectra import of_weights
 
 NAMESPACE = 'NAMESPACE'  # stands in a committed card for where it is published
 PICTURE = '<!-- ![{}]({}) -->'  # it is made when the card is published, and stands beside it there
@@ -93,12 +93,12 @@ def spectrum_text(file: Shipped) -> str:
     parts = []
     for stage, group in groupby(blocks, key=lambda block: block.stage):
         group = list(group)
-        expected, spread = chance(group[0].channels, group[0].inner_channels)
-        parts += [f'`{stage}`, C = {group[0].channels}, C′ = {group[0].inner_channels}; by chance '
-                  f'{expected:.1f} ± {spread:.1f} of either sign:', '\n'.join([
-                      f'| block | negative in the top {len(group[0].top)} | positive | trace |',
+        first = group[0]
+        parts += [f'`{stage}`, C = {first.C}, C′ = {first.C_inner}; random weights have {first.neg_top_null:.1f} ± '
+                  f'{first.neg_top_null_sd:.1f} of either sign:', '\n'.join([
+                      f'| block | negative in the top {first.top_k} | positive | trace |',
                       '| --- | --- | --- | --- |',
-                      *(f'| {block.index + 1} | {block.negative} | {block.positive} | {block.trace:.3f} |'
+                      *(f'| {block.index + 1} | {block.neg_top} | {block.pos_top} | {block.trace:.3f} |'
                         for block in group)])]
     return '\n\n'.join(['Eigenvalues of the symmetric part of W = W_Z W_g (eq. (7)), the largest by magnitude.', *parts,
                         PICTURE.format('The top eigenvalues of every block', 'spectrum.png')])

@@ -59,7 +59,7 @@ def tables_text(runs: list[Run], files: list[Shipped]) -> str:
     """Both tables, with what is counted in them."""
     others = sum(bool(deviations(run)) for run in runs)
     return '\n\n'.join([
-        'Test errors in per cent after the last epoch; n is the number of seeds that followed the paper’s recipe. Runs '
+        'Test errors in per cent after the last epoch; n is the number of runs that followed the paper’s recipe. Runs '
         f'in `hub/results.jsonl` that did not, and are not counted: {others}.',
         *(table_text(table, runs, files) for table in paper.TABLES)])
 

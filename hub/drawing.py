@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,8 @@ def _draw_spectra(axes, panel: Drawn) -> None:
 
 
 def _draw_curves(axes, panel: Drawn) -> None:
-    for name, losses in panel.series.items():
-        axes.plot(range(1, len(losses) + 1), losses, linewidth=0.8, label=name.rpartition('_')[2].replace('k', 'k = '))
+    for name, curve in panel.series.items():
+        axes.plot(range(1, len(curve) + 1), curve, linewidth=0.8, label=name.rpartition('_')[2].replace('k', 'k = '))
     axes.set(xlabel='epoch', ylabel='training loss', yscale='log')
     if panel.series:
         axes.legend(fontsize='small')
@@ -46,8 +47,8 @@ def curve(path: Path, run: Run) -> None:
     from matplotlib.figure import Figure
     sheet = Figure(figsize=(7.8, 3.2), layout='constrained')
     loss, error = sheet.subplots(1, 2)
-    epochs = range(1, len(run['train_loss']) + 1)
-    loss.plot(epochs, run['train_loss'], linewidth=0.8)
+    epochs = range(1, len(run['test_error']) + 1)
+    loss.plot(epochs, [math.nan if value is None else value for value in run['train_loss']], linewidth=0.8)
     loss.set(xlabel='epoch', ylabel='training loss', yscale='log')
     for name in ('train_error', 'test_error'):
         error.plot(epochs, run[name], linewidth=0.8, label=name.replace('_error', ''))

@@ -15,11 +15,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from timm_nonlocal.null import null_negative
+
 from . import paper
 from .results import HUB, HubError, Run, Shipped, counted, deviations, load, median_runs, shipped
-from .spectra import chance, kept, of_weights
+from .spectra import kept, of_weights
 
 FOLDER = HUB / 'figures'
+SIZE = (64, 32)  # C and C' of every figure's blocks, in the first stage
 SIGMAS = 2  # a count says something where it is this far from chance
 
 
@@ -54,20 +57,19 @@ def source(architecture: str, runs: list[Run], files: list[Shipped]) -> Source:
 def _spectrum(panel: paper.Panel, found: Source) -> Drawn:
     name, run = f'{panel.architectures[0]}.{paper.FIGURE_DATASET}', found.run
     if panel.epoch is None and found.weights:
-        blocks = of_weights(found.weights.path)
-        tops, channels = [block.top for block in blocks], (blocks[0].channels, blocks[0].inner_channels)
+        tops = [block.top for block in of_weights(found.weights.path)]
     else:
         epoch = panel.epoch or paper.recipe(panel.architectures[0])['epochs']
-        tops, channels = kept(run, epoch) if run else [], (64, 32)
+        tops = kept(run, epoch) if run else []
         if not tops:
             wanted = 'weights' if panel.epoch is None else f'the spectrum after epoch {epoch}'
             return Drawn(panel, {}, [f'{wanted} of {name}'], '')
     series = {f'block {number}': top for number, top in enumerate(tops, start=1)}
-    return Drawn(panel, series, [], _judge_spectrum(panel.claim, tops, *chance(*channels)) + _unlike([run]))
+    return Drawn(panel, series, [], _judge_spectrum(panel.claim, tops) + _unlike([run]))
 
 
-def _judge_spectrum(claim: str, tops: list[tuple[float, ...]], expected: float, spread: float) -> str:
-    """What the signs say of a claim; `expected` and `spread` are of the count of either sign by chance."""
+def _judge_spectrum(claim: str, tops: list[tuple[float, ...]]) -> str:
+    """What the signs say of a claim."""
     if claim == 'large positive':
         largest = max(max(top) / abs(top[0]) for top in tops)
         counts = _list(sum(value > 0 for value in top) for top in tops)
@@ -76,17 +78,23 @@ def _judge_spectrum(claim: str, tops: list[tuple[float, ...]], expected: float, 
                 f'{_agrees(largest >= 0.5)} (at least half)')
     sign = -1 if claim == 'negative' else 1
     counts = [sum(value * sign > 0 for value in top) for top in tops]
+    expected, spread = null_negative(*SIZE, len(tops[0]))
     return (f'{_list(counts)} of the top {len(tops[0])} are {claim} ({expected:.1f} ± {spread:.1f} by chance); the '
             f'paper: most. {_agrees(min(counts) > expected + SIGMAS * spread)}')
 
 
+def losses(run: Run) -> tuple[float, ...]:
+    """The training loss after every epoch, nan where it was not finite."""
+    return tuple(math.nan if loss is None else loss for loss in run['train_loss'])
+
+
 def _curves(panel: paper.Panel, found: dict[str, Source]) -> Drawn:
-    series = {name: tuple(source.run['train_loss']) for name, source in found.items()
+    series = {name: losses(source.run) for name, source in found.items()
               if source.run and source.run.get('train_loss')}
     missing = [f'the training curve of {name}.{paper.FIGURE_DATASET}' for name in found if name not in series]
     if missing:
         return Drawn(panel, series, missing, 'not judged before every curve is there')
-    *others, four = (losses[-1] for losses in series.values())
+    *others, four = (curve[-1] for curve in series.values())
     verdict = 'it diverged' if math.isnan(four) else f'{four / max(others):.1f} times the largest of the others'
     return Drawn(panel, series, [], f'final training loss {_list(f"{loss:.3f}" for loss in (*others, four))} for '
                  f'1 to 4 blocks, with 4 {verdict}; the paper: much larger with 4. '

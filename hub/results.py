@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -48,17 +49,17 @@ def deviations(run: Run) -> list[str]:
 
 
 def counted(runs: list[Run], architecture: str, dataset: str) -> list[Run]:
-    """The runs of a network that followed the paper's recipe, by seed.
+    """The runs of a network that followed the paper's recipe, by seed; those that diverged are among them.
 
-    Raises HubError where a seed is there twice: it would count as two of the paper's runs.
+    Raises HubError where the same run is there twice: it would count as two.
     """
-    found = [run for run in runs if (run['architecture'], run['dataset']) == (architecture, dataset)
-             and not deviations(run)]
-    seeds = [run['seed'] for run in found]
-    if len(set(seeds)) < len(seeds):
-        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
-        raise HubError(f'results.jsonl has two runs of {architecture}.{dataset} with seed {twice}: keep one')
-    return sorted(found, key=lambda run: run['seed'])
+    found = sorted((run for run in runs if (run['architecture'], run['dataset']) == (architecture, dataset)
+                    and not deviations(run)), key=lambda run: run['seed'])
+    same = Counter((run['seed'], run.get('mixed_precision')) for run in found)
+    for (seed, _), count in same.items():
+        if count > 1:
+            raise HubError(f'results.jsonl has two runs of {architecture}.{dataset} with seed {seed}: keep one')
+    return found
 
 
 class Summary(NamedTuple):

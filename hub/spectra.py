@@ -1,22 +1,18 @@
-"""The spectra that cards and figures show: of weights, of the epochs kept on the way, and what chance would give."""
+"""The spectra that cards and figures show: of weights, and of the epochs that a run kept on the way."""
 
-from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
 
-import torch
+from safetensors.torch import load_file
 
-from timm_nonlocal.checkpoint import read_file
-from timm_nonlocal.spectrum import TOP, Spectrum, spectra, symmetric_eigenvalues
+from timm_nonlocal import spectrum
+from timm_nonlocal.spectrum import TOP, Spectrum
 
 from .results import Run
-
-DRAWS = 200
 
 
 def of_weights(path: Path) -> list[Spectrum]:
     """The spectrum of every block of a weight file."""
-    return spectra(read_file(path))
+    return spectrum(load_file(path))
 
 
 def kept(run: Run, epoch: int) -> list[tuple[float, ...]]:
@@ -25,17 +21,3 @@ def kept(run: Run, epoch: int) -> list[tuple[float, ...]]:
         if entry['epoch'] == epoch:
             return [tuple(block['eigenvalues'][:TOP]) for block in entry['blocks']]
     return []
-
-
-@cache
-def chance(channels: int, inner_channels: int) -> tuple[float, float]:
-    """Mean and standard deviation of the negative ones among the top 32 for random Gaussian weights, by `DRAWS` draws.
-
-    Without them a count misleads: half of all eigenvalues are negative whatever the training did.
-    """
-    generator = torch.Generator().manual_seed(0)
-    counts = []
-    for _ in range(DRAWS):
-        w_z, w_g = torch.randn(2, channels, inner_channels, generator=generator, dtype=torch.float64)
-        counts.append((symmetric_eigenvalues(w_z, w_g.T)[:TOP] < 0).sum().item())
-    return mean(counts), stdev(counts)

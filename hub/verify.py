@@ -19,16 +19,14 @@ from pathlib import Path
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.constants import HF_HUB_CACHE
 
 from timm_nonlocal import inspect
-from timm_nonlocal.checkpoint import read_file
-from timm_nonlocal.spectrum import spectra
 
 from .client import CLIENT_ERRORS, explain
 from .folder import WEIGHTS, child_environment, last_line
 from .results import HUB, HubError, sha256
 from .results import WEIGHTS as PACKAGE
+from .spectra import of_weights
 
 
 def verify(name: str, repo: str, revision: str, public: bool) -> None:
@@ -48,19 +46,19 @@ def verify(name: str, repo: str, revision: str, public: bool) -> None:
 
 
 def same_spectrum(package: Path, repo: str, revision: str) -> None:
-    """The inspect command on the Hub's file. It comes first, so that what it fetched is all that the cache can hold."""
-    expected = [list(block.eigenvalues) for block in spectra(read_file(package))]
+    """The inspect command on the Hub's file. It comes first, so that the cache cannot help it."""
+    expected = [list(block.eigenvalues) for block in of_weights(package)]
     if not expected:
         return  # no nonlocal block, nothing to inspect
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as complaint:
         code = inspect.main([f'hf-hub:{repo}@{revision}', '--json'])
     if code:
         raise HubError(f'inspect cannot read it: {last_line(complaint.getvalue())}')
-    found = [block['eigenvalues'] for block in json.loads(printed.getvalue())['targets'][0]['blocks']]
-    if found != expected:
+    target = json.loads(printed.getvalue())['targets'][0]
+    if [block['eigenvalues'] for stage in target['stages'] for block in stage['blocks']] != expected:
         raise HubError('inspect finds another spectrum there')
-    if any(Path(HF_HUB_CACHE).rglob(WEIGHTS)):
-        raise HubError('inspect fetched the whole file in place of ranges')
+    if target['io']['mode'] != 'range':
+        raise HubError(f'inspect read it by {target["io"]["mode"]} in place of ranges')
 
 
 def same_weights(package: Path, repo: str, revision: str) -> None:

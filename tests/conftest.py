@@ -90,10 +90,7 @@ def small_cifar(tmp_path_factory) -> Path:
 @pytest.fixture(scope='session')
 def zoo(small_cifar, tmp_path_factory) -> Zoo:
     """A copy of the project with two briefly trained networks and their cards."""
-    zoo = Zoo(tmp_path_factory.mktemp('zoo'), small_cifar)
-    made = zoo.run('-m', 'hub.cards')
-    assert made.returncode == 0, made.stderr
-    return zoo
+    return Zoo.make(tmp_path_factory.mktemp('zoo'), small_cifar)
 
 
 @pytest.fixture(scope='session')

@@ -1,26 +1,19 @@
 """Cards: what counts in the tables, what is generated and what is kept, and that drift is noticed."""
 
-import copy
 import json
 import re
 import shutil
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
+from timm import is_model
 
 import timm_nonlocal  # noqa: F401
 from conftest import ROOT
 from hub import cards, paper, results
 from hub.labels import LABELS
 from hub.results import HubError
-
-
-def run(architecture='preresnet20', dataset='cifar10', seed=0, error=8.0, **more) -> dict:
-    """A line of results.jsonl, made up."""
-    return {'architecture': architecture, 'dataset': dataset, 'seed': seed, 'limit': 0, 'model_kwargs': [],
-            'recipe': paper.recipe(architecture), 'final_error': error, 'best_error': error - 0.5, 'best_epoch': 150,
-            'sha256': f'{architecture}{dataset}{seed}', **more}
+from zoo import Zoo, made_up
 
 
 def test_the_committed_cards_are_what_the_results_make_them():
@@ -32,7 +25,6 @@ def test_the_papers_tables():
     first, second = ([row.error for row in table.rows] for table in paper.TABLES)
     assert first == [8.19, None, 7.83, 8.28, 15.02, 7.74, 7.62, 7.37, 7.29, 7.55, 8.07, 7.33]
     assert second == [26.57, 26.13, 26.26, 34.89, 26.04, 25.57, 25.43, 25.29, 25.49]
-    from timm import is_model
     names = [row.architecture for table in paper.TABLES for row in table.rows]
     assert len(set(names)) == 21 and all(map(is_model, names))
     assert paper.error('preresnet56_nl_original_k4', 'cifar100') == 34.89
@@ -40,25 +32,29 @@ def test_the_papers_tables():
 
 
 def test_only_the_papers_recipe_counts():
-    assert results.deviations(run()) == []
-    assert results.deviations(run('preresnet20_nl_original_k4', recipe=paper.recipe('preresnet20'))) == [
+    assert results.deviations(made_up()) == []
+    assert results.deviations(made_up('preresnet20_nl_original_k4', recipe=paper.recipe('preresnet20'))) == [
         'lr 0.1 in place of 0.01']
-    others = [run(limit=100), run(model_kwargs=['nl_k=3']), run(recipe={**paper.recipe('preresnet20'), 'epochs': 10})]
+    others = [made_up(limit=100), made_up(model_kwargs=['nl_k=3']),
+              made_up(recipe={**paper.recipe('preresnet20'), 'epochs': 10})]
     assert [results.deviations(other) for other in others] == [
         ['the first 100 images only'], ['model arguments nl_k=3'], ['epochs 10 in place of 164']]
-    assert results.counted([*others, run(seed=4), run(seed=1), run('preresnet56')], 'preresnet20', 'cifar10') == [
-        run(seed=1), run(seed=4)]
+    all_runs = [*others, made_up(seed=4), made_up(seed=1), made_up('preresnet56')]
+    assert results.counted(all_runs, 'preresnet20', 'cifar10') == [made_up(seed=1), made_up(seed=4)]
+    twice = [made_up(seed=1), made_up(seed=1, error=9.0)]
     with pytest.raises(HubError, match=r'two runs of preresnet20\.cifar10 with seed 1'):
-        results.counted([run(seed=1), run(seed=1, error=9.0)], 'preresnet20', 'cifar10')
+        results.counted(twice, 'preresnet20', 'cifar10')
+    twice[1]['mixed_precision'] = 'bf16'  # another run
+    assert results.counted(twice, 'preresnet20', 'cifar10') == twice
 
 
 def test_unknown_fields_are_fine():
-    assert results.deviations(run(kind='campaign', spectra=[])) == []
+    assert results.deviations(made_up(kind='campaign', spectra=[])) == []
 
 
 def test_median_and_range():
     errors = (7.4, 7.1, 7.3, 7.2)
-    runs = [run(seed=seed, error=error) for seed, error in enumerate(errors)]
+    runs = [made_up(seed=seed, error=error) for seed, error in enumerate(errors)]
     assert results.summary(runs) == (4, 7.25, 7.1, 7.4)
     assert [one['final_error'] for one in results.median_runs(runs)] == [7.2, 7.3]
     assert [one['final_error'] for one in results.median_runs(runs[:3])] == [7.3]
@@ -66,8 +62,8 @@ def test_median_and_range():
 
 
 def test_a_table_marks_what_is_missing():
-    runs = [run(seed=seed, error=error) for seed, error in enumerate((8.4, 8.0, 8.1))]
-    text = cards.tables_text([*runs, run('preresnet56', limit=9)], [])
+    runs = [made_up(seed=seed, error=error) for seed, error in enumerate((8.4, 8.0, 8.1))]
+    text = cards.tables_text([*runs, made_up('preresnet56', limit=9)], [])
     lines = text.splitlines()
     assert '| baseline | 8.19 | 8.10 | 3 | 8.00–8.40 | missing |' in lines
     assert '| original, k = 1 | not reported | missing | missing | missing | missing |' in lines
@@ -98,7 +94,7 @@ def test_results_that_are_no_results(tmp_path):
     assert results.load(path) == []
     for line, message in (('{', 'line 2 is not a JSON object'), ('[]', 'line 2 is not a JSON object'),
                           ('{"seed": 1}', 'line 2 lacks architecture, dataset, final_error, recipe, sha256')):
-        path.write_text(json.dumps(run()) + '\n' + line + '\n')
+        path.write_text(json.dumps(made_up()) + '\n' + line + '\n')
         with pytest.raises(HubError, match=message):
             results.load(path)
 
@@ -107,15 +103,11 @@ def test_weights_without_a_run_cannot_have_a_card(tmp_path):
     (tmp_path / 'preresnet20.cifar10.safetensors').write_bytes(b'weights')
     sha256 = results.sha256(tmp_path / 'preresnet20.cifar10.safetensors')
     with pytest.raises(HubError, match=f'no line of results.jsonl has its sha256 {sha256}'):
-        results.shipped([run()], tmp_path)
+        results.shipped([made_up()], tmp_path)
     with pytest.raises(HubError, match=r'says that these weights are preresnet56\.cifar100'):
-        results.shipped([run('preresnet56', 'cifar100', sha256=sha256)], tmp_path)
-    (file,) = results.shipped([run(sha256=sha256, seed=7)], tmp_path)
+        results.shipped([made_up('preresnet56', 'cifar100', sha256=sha256)], tmp_path)
+    (file,) = results.shipped([made_up(sha256=sha256, seed=7)], tmp_path)
     assert (file.name, file.dataset, file.run['seed']) == ('preresnet20.cifar10', 'cifar10', 7)
-
-
-def front_matter(text: str) -> dict:
-    return yaml.safe_load(text.split('---\n')[1])
 
 
 def test_the_card_of_trained_weights(zoo):
@@ -147,7 +139,7 @@ def test_every_usage_block_starts_with_our_import(zoo):
 
 def test_the_usage_block_runs(zoo, published, tmp_path):
     hub, _, _ = published
-    repository = hub.store.repositories['alice/preresnet20_nl_proposed_k2.cifar10']
+    repository = hub.store.repositories['alice/preresnet20_nl_proposed_k4.cifar10']
     card = repository.commits[repository.branches['main']].files['README.md'].data.decode()
     (block,) = re.findall(r'```python\n(.*?)```', card, re.DOTALL)
     done = zoo.run('-c', block + "print(model(torch.stack([transform(Image.new('RGB', (32, 32)))])).shape)\n".replace(
@@ -157,21 +149,14 @@ def test_the_usage_block_runs(zoo, published, tmp_path):
 
 
 def test_drift_is_noticed(zoo, tmp_path):
-    copy_of = tmp_path / 'copy'
-    shutil.copytree(zoo.root, copy_of)
-    check = ('-m', 'hub.cards', '--check')
-
-    def run_there(*command):
-        return zoo.run('-c', f'import os, runpy, sys; os.chdir({str(copy_of)!r}); sys.argv = {list(command[1:])!r}; '
-                             f'runpy.run_module(sys.argv[0], run_name="__main__")', PYTHONPATH=str(copy_of))
-
-    path = copy_of / 'hub/results.jsonl'
+    changed = Zoo(tmp_path / 'copy')
+    shutil.copytree(zoo.root, changed.root)
+    path = changed.root / 'hub/results.jsonl'
     runs = [json.loads(line) for line in path.read_text().splitlines()]
-    changed = copy.deepcopy(runs)
-    changed[0]['final_error'] -= 5
-    path.write_text('\n'.join(map(json.dumps, changed)) + '\n')
-    (copy_of / 'hub/models/preresnet56.cifar100.md').write_text('nothing')
-    drifted = run_there(*check)
+    runs[0]['final_error'] -= 5
+    path.write_text('\n'.join(map(json.dumps, runs)) + '\n')
+    (changed.root / 'hub/models/preresnet56.cifar100.md').write_text('nothing')
+    drifted = changed.run('-m', 'hub.cards', '--check')
     assert drifted.returncode == 1 and drifted.stdout == ''
     assert drifted.stderr.splitlines() == [
         'hub/models/preresnet56.cifar100.md has no weights: delete it',

@@ -1,12 +1,13 @@
 """Figures 1 to 4 from made-up runs: what is drawn, what is said of it, and what is named as missing."""
 
 import math
+import shutil
 
 import pytest
 
-from hub import figures, paper, spectra
+from hub import drawing, figures, paper
 from hub.results import HubError
-from test_hub_cards import run
+from zoo import Zoo, made_up
 
 EPOCHS = (36, 82, 125, 164)
 
@@ -20,7 +21,7 @@ def top(negative: int, largest_positive: float = 0.3) -> list[float]:
 
 def made_run(architecture: str, *blocks: list[float], loss: float = 0.1, **more) -> dict:
     kept = [{'epoch': epoch, 'blocks': [{'eigenvalues': block} for block in blocks]} for epoch in EPOCHS]
-    return run(architecture, spectra=kept, train_loss=[2.0, 1.0, loss], **more)
+    return made_up(architecture, spectra=kept, train_loss=[2.0, 1.0, loss], **more)
 
 
 @pytest.fixture
@@ -91,7 +92,6 @@ def test_missing_panels_are_named_and_the_others_drawn(everything, tmp_path, mon
 
 
 def test_pictures_know_their_data(everything, tmp_path, monkeypatch):
-    from hub import drawing
     monkeypatch.setattr(figures, 'FOLDER', tmp_path)
     monkeypatch.setattr(figures, 'HUB', tmp_path / 'hub')
     drawn = figures.collect(everything, [])
@@ -114,21 +114,20 @@ def test_results_that_cannot_be_used(monkeypatch, capsys):
     assert figures.main([]) == 2 and capsys.readouterr().err == 'error: line 3 is not a JSON object\n'
 
 
-def test_chance():
-    """By Sylvester's law half of all 64 are negative, and by symmetry half of the top 32 on average."""
-    mean, spread = spectra.chance(64, 32)
-    assert abs(mean - 16) < 0.2 and 0.4 < spread < 0.8
-
-
-def test_shipped_weights_come_first(zoo):
-    """Figure panels of a network with weights show those weights, not what a run kept."""
-    code = ('from hub import figures, results; runs = results.load(); files = results.shipped(runs); '
-            'from hub.paper import Panel; found = figures.source("preresnet20_nl_proposed_k2", runs, files); '
-            'panel = figures._spectrum(Panel("a", "", ("preresnet20_nl_proposed_k2",), "negative"), found); '
-            'print(len(panel.series), panel.verdict)')
-    done = zoo.run('-c', code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith('2 ') and 'not the paper’s recipe: preresnet20_nl_proposed_k2: epochs 2' in done.stdout
+def test_the_command_draws_shipped_weights(zoo, tmp_path):
+    """Figure 4 of the zoo's own weights; all else is missing."""
+    picture, other = zoo.root / 'hub/figures/figure4.png', Zoo(tmp_path / 'copy')
+    shutil.copytree(zoo.root, other.root)
+    done = other.run('-c', 'import sys; from hub import cards, figures\n'
+                           'print(cards.main(["--check"]), figures.main([]))\n'
+                           'figures.picture(4).unlink(); print(cards.main(["--check"]))')
+    assert done.stdout == 'hub/figures/figure4.png\n0 1\n1\n', done.stderr
+    *missing, drift = done.stderr.splitlines()
+    assert len(missing) == 11 and not any('Figure 4' in line for line in missing)
+    assert drift == 'hub/figures/figure4.png does not show the present data: run python -m hub.figures'
+    assert [path.name for path in picture.parent.iterdir()] == [picture.name]
+    card = (zoo.root / 'MODEL_CARD.md').read_text()
+    assert 'preresnet20_nl_proposed_k4: epochs 2 in place of 164' in card and '![Figure 4](hub/figures/fig' in card
 
 
 def test_every_panel_names_a_network_of_the_zoo():

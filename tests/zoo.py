@@ -11,8 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hub import paper
+
 ROOT = Path(__file__).resolve().parents[1]
-NETWORKS = ('preresnet20', 'preresnet20_nl_proposed_k2')
+NETWORKS = ('preresnet20', 'preresnet20_nl_proposed_k4')
 TRAIN = """
 import sys
 from train.cifar import main
@@ -25,24 +27,38 @@ for network in networks:
 """
 
 
+def made_up(architecture: str = 'preresnet20', dataset: str = 'cifar10', seed: int = 0, error: float = 8.0,
+            **more) -> dict:
+    """A line of results.jsonl that no training wrote."""
+    return {'architecture': architecture, 'dataset': dataset, 'seed': seed, 'limit': 0, 'model_kwargs': [],
+            'recipe': paper.recipe(architecture), 'mixed_precision': 'no', 'final_error': error,
+            'best_error': error - 0.5, 'best_epoch': 150, 'sha256': f'{architecture}{dataset}{seed}', **more}
+
+
 class Zoo:
     """The copy; `root` is its top. Its commands run as a user runs them, in processes of their own."""
 
-    def __init__(self, root: Path, data: Path):
+    def __init__(self, root: Path):
         self.root = root
+
+    @classmethod
+    def make(cls, root: Path, data: Path) -> 'Zoo':
+        """Trains, lands the weights and their lines as a campaign does, and draws and writes what is made from them."""
+        zoo, results, weights = cls(root), root / 'hub/results.jsonl', root / 'timm_nonlocal/weights'
         for part in ('timm_nonlocal', 'hub', 'train', 'MODEL_CARD.md'):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, root / part)
-        results, weights = root / 'hub/results.jsonl', root / 'timm_nonlocal/weights'
-        weights.mkdir(exist_ok=True)
-        results.unlink(missing_ok=True)
-        trained = self.run('-c', TRAIN, str(data), *NETWORKS, PYTHONPATH=f'{root}{os.pathsep}{data}')
-        assert trained.returncode == 0, trained.stderr
+        shutil.rmtree(weights, ignore_errors=True)
+        weights.mkdir()
+        results.write_text('')
+        zoo.check('-c', TRAIN, str(data), *NETWORKS, PYTHONPATH=f'{root}{os.pathsep}{data}')
         for network in NETWORKS:
             run = root / 'runs' / network
             shutil.copy(run / 'model.safetensors', weights / f'{network}.cifar10.safetensors')
             with open(results, 'a') as file:
                 file.write((run / 'results.jsonl').read_text())
+        zoo.check('-c', 'from hub import cards, figures; figures.main([]); cards.main([])')
+        return zoo
 
     def environment(self, **more: str) -> dict[str, str]:
         """This environment without anything of the Hub's in it, with the copy's packages first."""
@@ -55,13 +71,20 @@ class Zoo:
         """What turns a Hub client to the double, with nothing in its cache."""
         return {'HF_ENDPOINT': hub.url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '0' if hub.xet else '1', **more}
 
+    def check(self, *command: str, **env: str) -> str:
+        """What a command prints that must not fail."""
+        done = self.run(*command, **env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def run(self, *command: str, **env: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, *command], cwd=self.root, env=self.environment(**env),
                               capture_output=True, text=True, timeout=600)
 
 
-STUBBED = """
+BUILT = """
 import shutil
+import sys
 from pathlib import Path
 import hub.publish as command
 build = command.build
@@ -73,8 +96,10 @@ def copy_built(file, namespace, folder):
         build(file, namespace, built)
     shutil.copytree(built, folder, dirs_exist_ok=True)
 
-command.build, command.verify = copy_built, lambda *arguments, **options: None
+command.build = copy_built
 """
+PUBLISH = f'{BUILT}sys.exit(command.main(sys.argv[1:]))'
+UNVERIFIED = f'{BUILT}command.verify = lambda *arguments, **options: None\n'
 PUBLISHER = """\
 try:
     answer = command.main(ask['argv'])
