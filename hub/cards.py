@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import figures, paper
 from .card import card
-from .results import HUB, HubError, Run, Shipped, counted, deviations, load, shipped, summary
+from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, shipped, summary
 
 MODEL_CARD = HUB.parent / 'MODEL_CARD.md'
 CARDS = HUB / 'models'
@@ -23,10 +23,10 @@ MISSING = 'missing'
 
 
 def between(text: str, name: str, content: str) -> str:
-    """The text with the block of a name replaced. Raises HubError if its two markers are not there once each."""
+    """The text with the block of a name replaced. Raises PublishError if its two markers are not there once each."""
     begin, end = BEGIN.format(name), END.format(name)
     if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
-        raise HubError(f'the lines {begin} and {end} must both be there, once each and in this order')
+        raise PublishError(f'the lines {begin} and {end} must both be there, once each and in this order')
     return f'{text[:text.index(begin)]}{begin}\n\n{content}\n\n{text[text.index(end):]}'
 
 
@@ -94,7 +94,7 @@ def update(text: str, made: tuple[str, str]) -> str:
 
 
 def make(folder: Path = HUB.parent) -> tuple[dict[Path, str], list[str]]:
-    """What every card should hold, and what is wrong beside them. Raises HubError."""
+    """What every card should hold, and what is wrong beside them. Raises PublishError."""
     runs = load()
     files = shipped(runs)
     drawn = figures.collect(runs, files)
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cards, problems = make()
-    except HubError as error:
+    except PublishError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     for path, text in cards.items():

@@ -27,7 +27,7 @@ def figure(path: Path, panels: list[Drawn], description: str) -> None:
 
 def _draw_spectra(axes, panel: Drawn) -> None:
     for marker, (name, top) in zip(MARKERS, panel.series.items(), strict=False):
-        axes.plot(range(1, len(top) + 1), top, marker=marker, markersize=3, linewidth=0.5, label=name)
+        axes.plot(range(1, len(top) + 1), top, marker, markersize=3, label=name)
     axes.axhline(0, color='black', linewidth=0.5)
     axes.set(xlabel='index, by magnitude', ylabel='eigenvalue of (W + Wᵀ)/2')
     if len(panel.series) > 1:

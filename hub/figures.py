@@ -18,7 +18,7 @@ from typing import NamedTuple
 from timm_nonlocal.null import null_negative
 
 from . import paper
-from .results import HUB, HubError, Run, Shipped, counted, deviations, load, median_runs, shipped
+from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, median_runs, shipped
 from .spectra import kept, of_weights
 
 FOLDER = HUB / 'figures'
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         runs = load()
         drawn = collect(runs, shipped(runs))
-    except HubError as error:
+    except PublishError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     for number, panels in drawn.items():

@@ -23,20 +23,20 @@ from timm.models import save_for_hf
 from . import drawing
 from .card import published
 from .labels import LABELS
-from .results import HUB, HubError, Run, Shipped
+from .results import HUB, PublishError, Run, Shipped
 
 WEIGHTS, CONFIG, CARD, INSPECTION = 'model.safetensors', 'config.json', 'README.md', 'inspect.json'
 NO_NONLOCAL_BLOCK = 4  # an exit code of the inspect command
 
 
 def build(file: Shipped, namespace: str, folder: Path) -> None:
-    """Fills an empty folder; the same weights and results give the same bytes. Raises HubError.
+    """Fills an empty folder; the same weights and results give the same bytes. Raises PublishError.
 
     It is the committed card that is published: what was written into it by hand comes along.
     """
     card = HUB / 'models' / f'{file.name}.md'
     if not card.is_file():
-        raise HubError(f'{file.name} has no card: run python -m hub.cards')
+        raise PublishError(f'{file.name} has no card: run python -m hub.cards')
     _config(file, folder)
     shutil.copyfile(file.path, folder / WEIGHTS)
     (folder / CARD).write_text(published(card.read_text(), namespace))
@@ -70,7 +70,7 @@ def _inspection(folder: Path) -> None:
     if result.returncode == 0:
         (folder / INSPECTION).write_text(result.stdout)
     elif result.returncode != NO_NONLOCAL_BLOCK:
-        raise HubError(f'inspect failed ({result.returncode}): {last_line(result.stderr)}')
+        raise PublishError(f'inspect failed ({result.returncode}): {last_line(result.stderr)}')
 
 
 def child_environment(**more: str) -> dict[str, str]:

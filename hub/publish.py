@@ -22,7 +22,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from .client import CLIENT_ERRORS, explain, status
 from .folder import WEIGHTS, build
-from .results import HubError, Shipped, load, sha256, shipped
+from .results import PublishError, Shipped, load, sha256, shipped
 from .verify import verify
 
 STEPS = ('build', 'create', 'upload', 'tag', 'verify')
@@ -55,7 +55,7 @@ def tag(api: HfApi, repo: str, commit: str, file: Shipped) -> str:
     if name in [ref.name for ref in api.list_repo_refs(repo).tags]:
         (info,) = api.get_paths_info(repo, [WEIGHTS], revision=name) or (None,)
         if not _holds(info, file.path):
-            raise HubError(f'the tag {name} exists and holds other weights: delete it there')
+            raise PublishError(f'the tag {name} exists and holds other weights: delete it there')
     else:
         api.create_tag(repo, tag=name, revision=commit, tag_message=f'{file.name}, sha256 {file.sha256}')
     return name
@@ -81,7 +81,7 @@ def publish(api: HfApi, file: Shipped, args: argparse.Namespace, folder: Path) -
         name = tag(api, repo, commit, file)
         step = 'verify'
         verify(file.name, repo, commit, public=not head.private)
-    except (HubError, *CLIENT_ERRORS) as error:
+    except (PublishError, *CLIENT_ERRORS) as error:
         if args.traceback:
             traceback.print_exc()
         hopeless = status(error) in (401, 403) or isinstance(error, OfflineModeIsEnabled)
@@ -100,14 +100,14 @@ def listing(file: Shipped, args: argparse.Namespace, folder: Path) -> str:
 
 
 def select(names: list[str], files: list[Shipped]) -> list[Shipped]:
-    """The weight files of these names, all without any. Raises HubError for a name without weights."""
+    """The weight files of these names, all without any. Raises PublishError for a name without weights."""
     if not files:
-        raise HubError('timm_nonlocal/weights holds no weights: there is nothing to publish')
+        raise PublishError('timm_nonlocal/weights holds no weights: there is nothing to publish')
     known = {file.name: file for file in files}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:3]
-            raise HubError(f'{name} has no weights; these have: {", ".join(near)}')
+            raise PublishError(f'{name} has no weights; these have: {", ".join(near)}')
     return [known[name] for name in names] if names else files
 
 
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         files = select(args.names, shipped(load()))
-    except HubError as error:
+    except PublishError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     disable_progress_bars()
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(f'error: {args.namespace}/{file.name}: {stop.step}: {stop}', file=sys.stderr)
                     if stop.hopeless:
                         break
-    except HubError as error:
+    except PublishError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

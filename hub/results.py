@@ -17,21 +17,21 @@ WEIGHTS = Path(timm_nonlocal.__file__).with_name('weights')
 Run = dict[str, Any]  # one line; the fields are those that the training command writes
 
 
-class HubError(Exception):
+class PublishError(Exception):
     """Something to publish is missing or does not fit; the message says what would work."""
 
 
 def load(path: Path = RESULTS) -> list[Run]:
-    """Every line of a results file, none if there is no file. Raises HubError for a line that is not a run."""
+    """Every line of a results file, none if there is no file. Raises PublishError for a line that is not a run."""
     runs = []
     for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
         try:
             run = json.loads(line)
             missing = {'architecture', 'dataset', 'seed', 'recipe', 'final_error', 'sha256'} - run.keys()
         except (ValueError, AttributeError) as error:
-            raise HubError(f'{path}, line {number} is not a JSON object: {error}') from error
+            raise PublishError(f'{path}, line {number} is not a JSON object: {error}') from error
         if missing:
-            raise HubError(f'{path}, line {number} lacks {", ".join(sorted(missing))}')
+            raise PublishError(f'{path}, line {number} lacks {", ".join(sorted(missing))}')
         runs.append(run)
     return runs
 
@@ -51,14 +51,14 @@ def deviations(run: Run) -> list[str]:
 def counted(runs: list[Run], architecture: str, dataset: str) -> list[Run]:
     """The runs of a network that followed the paper's recipe, by seed; those that diverged are among them.
 
-    Raises HubError where the same run is there twice: it would count as two.
+    Raises PublishError where the same run is there twice: it would count as two.
     """
     found = sorted((run for run in runs if (run['architecture'], run['dataset']) == (architecture, dataset)
                     and not deviations(run)), key=lambda run: run['seed'])
     same = Counter((run['seed'], run.get('mixed_precision')) for run in found)
     for (seed, _), count in same.items():
         if count > 1:
-            raise HubError(f'results.jsonl has two runs of {architecture}.{dataset} with seed {seed}: keep one')
+            raise PublishError(f'results.jsonl has two runs of {architecture}.{dataset} with seed {seed}: keep one')
     return found
 
 
@@ -106,7 +106,7 @@ class Shipped(NamedTuple):
 def shipped(runs: list[Run], folder: Path = WEIGHTS) -> list[Shipped]:
     """Every weight file of a folder with its run, which its sha256 finds.
 
-    Raises HubError for a file without a run, or with one of another name: nothing honest could be said of it.
+    Raises PublishError for a file without a run, or with one of another name: nothing honest could be said of it.
     """
     by_sha256 = {run['sha256']: run for run in runs}
     found = []
@@ -114,9 +114,9 @@ def shipped(runs: list[Run], folder: Path = WEIGHTS) -> list[Shipped]:
         name, digest = path.name.removesuffix('.safetensors'), sha256(path)
         run = by_sha256.get(digest)
         if run is None:
-            raise HubError(f'{path.name}: no line of results.jsonl has its sha256 {digest}')
+            raise PublishError(f'{path.name}: no line of results.jsonl has its sha256 {digest}')
         if name != f'{run["architecture"]}.{run["dataset"]}':
-            raise HubError(f'{path.name}: results.jsonl says that these weights are {run["architecture"]}.'
+            raise PublishError(f'{path.name}: results.jsonl says that these weights are {run["architecture"]}.'
                            f'{run["dataset"]}')
         found.append(Shipped(name, path, digest, run))
     return found

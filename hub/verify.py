@@ -24,7 +24,7 @@ from timm_nonlocal import inspect
 
 from .client import CLIENT_ERRORS, explain
 from .folder import WEIGHTS, child_environment, last_line
-from .results import HUB, HubError, sha256
+from .results import HUB, PublishError, sha256
 from .results import WEIGHTS as PACKAGE
 from .spectra import of_weights
 
@@ -32,7 +32,7 @@ from .spectra import of_weights
 def verify(name: str, repo: str, revision: str, public: bool) -> None:
     """Runs this module in a fresh process with an empty cache, and without a login where the repository is public.
 
-    Raises HubError with what does not hold.
+    Raises PublishError with what does not hold.
     """
     with tempfile.TemporaryDirectory() as cache:
         env = {f'HF_{kind}_CACHE': str(Path(cache, kind.lower())) for kind in ('HUB', 'XET', 'ASSETS')}
@@ -42,7 +42,7 @@ def verify(name: str, repo: str, revision: str, public: bool) -> None:
             [sys.executable, '-m', 'hub.verify', name, repo, revision], cwd=HUB.parent, capture_output=True, text=True,
             env=child_environment(HF_HUB_DISABLE_PROGRESS_BARS='1', **env))
     if result.returncode:
-        raise HubError(last_line(result.stderr))
+        raise PublishError(last_line(result.stderr))
 
 
 def same_spectrum(package: Path, repo: str, revision: str) -> None:
@@ -53,18 +53,18 @@ def same_spectrum(package: Path, repo: str, revision: str) -> None:
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as complaint:
         code = inspect.main([f'hf-hub:{repo}@{revision}', '--json'])
     if code:
-        raise HubError(f'inspect cannot read it: {last_line(complaint.getvalue())}')
+        raise PublishError(f'inspect cannot read it: {last_line(complaint.getvalue())}')
     target = json.loads(printed.getvalue())['targets'][0]
     if [block['eigenvalues'] for stage in target['stages'] for block in stage['blocks']] != expected:
-        raise HubError('inspect finds another spectrum there')
+        raise PublishError('inspect finds another spectrum there')
     if target['io']['mode'] != 'range':
-        raise HubError(f'inspect read it by {target["io"]["mode"]} in place of ranges')
+        raise PublishError(f'inspect read it by {target["io"]["mode"]} in place of ranges')
 
 
 def same_weights(package: Path, repo: str, revision: str) -> None:
     published = sha256(Path(hf_hub_download(repo, WEIGHTS, revision=revision)))
     if published != sha256(package):
-        raise HubError(f'{WEIGHTS} has sha256 {published}, not that of {package.name}')
+        raise PublishError(f'{WEIGHTS} has sha256 {published}, not that of {package.name}')
 
 
 @torch.inference_mode()
@@ -73,7 +73,7 @@ def same_logits(name: str, repo: str, revision: str) -> None:
     logits = [timm.create_model(source, pretrained=True).eval()(images) for source in
               (name, f'hf-hub:{repo}@{revision}')]
     if not torch.equal(*logits):
-        raise HubError(f'the logits differ by up to {(logits[0] - logits[1]).abs().max().item():.3g}')
+        raise PublishError(f'the logits differ by up to {(logits[0] - logits[1]).abs().max().item():.3g}')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         same_spectrum(package, args.repo, args.revision)
         same_weights(package, args.repo, args.revision)
         same_logits(args.name, args.repo, args.revision)
-    except (HubError, *CLIENT_ERRORS) as error:
+    except (PublishError, *CLIENT_ERRORS) as error:
         print(explain(error), file=sys.stderr)
         return 1
     return 0

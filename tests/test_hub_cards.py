@@ -12,7 +12,7 @@ import timm_nonlocal  # noqa: F401
 from conftest import ROOT
 from hub import cards, paper, results
 from hub.labels import LABELS
-from hub.results import HubError
+from hub.results import PublishError
 from zoo import Zoo, made_up
 
 
@@ -42,7 +42,7 @@ def test_only_the_papers_recipe_counts():
     all_runs = [*others, made_up(seed=4), made_up(seed=1), made_up('preresnet56')]
     assert results.counted(all_runs, 'preresnet20', 'cifar10') == [made_up(seed=1), made_up(seed=4)]
     twice = [made_up(seed=1), made_up(seed=1, error=9.0)]
-    with pytest.raises(HubError, match=r'two runs of preresnet20\.cifar10 with seed 1'):
+    with pytest.raises(PublishError, match=r'two runs of preresnet20\.cifar10 with seed 1'):
         results.counted(twice, 'preresnet20', 'cifar10')
     twice[1]['mixed_precision'] = 'bf16'  # another run
     assert results.counted(twice, 'preresnet20', 'cifar10') == twice
@@ -78,7 +78,7 @@ def test_what_is_written_outside_the_markers_stays():
     assert changed.startswith('by hand\n') and changed.endswith('\nby hand too\n')
     assert 'new' in changed and 'old' not in changed and cards.between(changed, 'x', 'new') == changed
     for broken in ('', text + text, text.replace('begin', 'start'), text.replace('<!-- end', '<!-- fin')):
-        with pytest.raises(HubError, match='once each'):
+        with pytest.raises(PublishError, match='once each'):
             cards.between(broken, 'x', 'new')
 
 
@@ -95,16 +95,16 @@ def test_results_that_are_no_results(tmp_path):
     for line, message in (('{', 'line 2 is not a JSON object'), ('[]', 'line 2 is not a JSON object'),
                           ('{"seed": 1}', 'line 2 lacks architecture, dataset, final_error, recipe, sha256')):
         path.write_text(json.dumps(made_up()) + '\n' + line + '\n')
-        with pytest.raises(HubError, match=message):
+        with pytest.raises(PublishError, match=message):
             results.load(path)
 
 
 def test_weights_without_a_run_cannot_have_a_card(tmp_path):
     (tmp_path / 'preresnet20.cifar10.safetensors').write_bytes(b'weights')
     sha256 = results.sha256(tmp_path / 'preresnet20.cifar10.safetensors')
-    with pytest.raises(HubError, match=f'no line of results.jsonl has its sha256 {sha256}'):
+    with pytest.raises(PublishError, match=f'no line of results.jsonl has its sha256 {sha256}'):
         results.shipped([made_up()], tmp_path)
-    with pytest.raises(HubError, match=r'says that these weights are preresnet56\.cifar100'):
+    with pytest.raises(PublishError, match=r'says that these weights are preresnet56\.cifar100'):
         results.shipped([made_up('preresnet56', 'cifar100', sha256=sha256)], tmp_path)
     (file,) = results.shipped([made_up(sha256=sha256, seed=7)], tmp_path)
     assert (file.name, file.dataset, file.run['seed']) == ('preresnet20.cifar10', 'cifar10', 7)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from hub import drawing, figures, paper
-from hub.results import HubError
+from hub.results import PublishError
 from zoo import Zoo, made_up
 
 EPOCHS = (36, 82, 125, 164)
@@ -109,7 +109,7 @@ def test_pictures_know_their_data(everything, tmp_path, monkeypatch):
 
 def test_results_that_cannot_be_used(monkeypatch, capsys):
     def load():
-        raise HubError('line 3 is not a JSON object')
+        raise PublishError('line 3 is not a JSON object')
     monkeypatch.setattr(figures, 'load', load)
     assert figures.main([]) == 2 and capsys.readouterr().err == 'error: line 3 is not a JSON object\n'
 

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, quote, unquote
 
 import yaml
 
-from .store import Account, Blob, Commit, HubError, Repository
+from .store import Account, Blob, Commit, Refused, Repository
 
 REPO = r'(?P<repo>[^/]+/[^/]+)'
 REVISION = r'(?P<revision>[^/]+)'
@@ -49,18 +49,18 @@ def route(method: str, pattern: str, server: str = 'hub'):
 
 
 def answer(call: Call, server: str) -> tuple:
-    """Status, body and headers. Raises HubError."""
+    """Status, body and headers. Raises Refused."""
     for method, pattern, function in ROUTES[server]:
         match = pattern.fullmatch(call.path)
         if match and call.method in (method, 'HEAD' if method == 'GET' else method):
             return function(call, **{name: unquote(value or '') for name, value in match.groupdict().items()})
-    raise HubError(404, f'the double has no {call.method} {call.path}')
+    raise Refused(404, f'the double has no {call.method} {call.path}')
 
 
 @route('GET', '/api/whoami-v2')
 def whoami(call: Call) -> tuple:
     if call.account is None:
-        raise HubError(401, 'Invalid username or password.')
+        raise Refused(401, 'Invalid username or password.')
     return 200, {'type': 'user', 'name': call.account.name,
                  'orgs': [{'type': 'org', 'name': name} for name in call.account.organizations],
                  'auth': {'type': 'access_token',
@@ -90,7 +90,7 @@ def create(call: Call) -> tuple:
     repo_id = f'{namespace}/{wish["name"]}'
     url = f'{call.hub.url}/{repo_id}'
     if repo_id in call.hub.store.repositories:
-        raise HubError(409, 'You already created this model repo', url=url)
+        raise Refused(409, 'You already created this model repo', url=url)
     call.hub.store.create(repo_id, wish.get('visibility') == 'private' or bool(wish.get('private')))
     return 200, {'url': url, 'name': repo_id, 'id': repo_id}
 
@@ -168,7 +168,7 @@ def commits(call: Call, repo: str, revision: str) -> tuple:
 def tag(call: Call, repo: str, revision: str) -> tuple:
     repository, name = call.write(repo), call.json()['tag']
     if name in repository.tags:
-        raise HubError(409, 'Tag reference exists already')
+        raise Refused(409, 'Tag reference exists already')
     repository.tags[name] = repository.find(revision).oid
     return 200, {}
 
@@ -177,7 +177,7 @@ def tag(call: Call, repo: str, revision: str) -> tuple:
 def branch(call: Call, repo: str, revision: str) -> tuple:
     repository = call.write(repo)
     if revision in repository.branches:
-        raise HubError(409, 'Reference already exists')
+        raise Refused(409, 'Reference already exists')
     repository.branches[revision] = repository.find(call.json().get('startingPoint') or 'main').oid
     return 200, {}
 
@@ -217,14 +217,14 @@ def lfs_batch(call: Call, repo: str) -> tuple:
 def lfs_verify(call: Call, repo: str, sha256: str) -> tuple:
     data = call.hub.store.objects.get((repo, sha256))
     if data is None or len(data) != call.json()['size']:
-        raise HubError(404, f'no object {sha256} of that size')
+        raise Refused(404, f'no object {sha256} of that size')
     return 200, {}
 
 
 @route('PUT', f'/objects/{REPO}/{SHA256}', 'cdn')
 def put_object(call: Call, repo: str, sha256: str) -> tuple:
     if hashlib.sha256(call.body).hexdigest() != sha256:
-        raise HubError(400, 'BadDigest: the bytes are not those that were announced')
+        raise Refused(400, 'BadDigest: the bytes are not those that were announced')
     call.hub.store.objects[repo, sha256] = call.body
     return 200, b''
 
@@ -232,7 +232,7 @@ def put_object(call: Call, repo: str, sha256: str) -> tuple:
 @route('GET', f'/objects/{REPO}/{SHA256}', 'cdn')
 def get_object(call: Call, repo: str, sha256: str) -> tuple:
     if (repo, sha256) not in call.hub.store.objects:
-        raise HubError(404, 'NoSuchKey')
+        raise Refused(404, 'NoSuchKey')
     return 200, call.hub.store.objects[repo, sha256], {'ETag': f'"{sha256}"', 'Accept-Ranges': 'bytes'}
 
 
@@ -240,19 +240,19 @@ def get_object(call: Call, repo: str, sha256: str) -> tuple:
 def xet_token(call: Call, repo: str, kind: str, revision: str) -> tuple:
     (call.write if kind == 'write' else call.read)(repo)
     if call.hub.xet is None:
-        raise HubError(404, 'Xet storage is not enabled')
+        raise Refused(404, 'Xet storage is not enabled')
     headers = call.hub.xet.token(kind)
     return 200, {'casUrl': headers['X-Xet-Cas-Url'], 'accessToken': headers['X-Xet-Access-Token'],
                  'exp': int(headers['X-Xet-Token-Expiration'])}, headers
 
 
 def _large_blob(call: Call, repo: str, sha256: str, size: int) -> Blob:
-    """The blob of an object uploaded to a repository. Raises HubError 400 where nothing of the kind was."""
+    """The blob of an object uploaded to a repository. Raises Refused 400 where nothing of the kind was."""
     objects, xet_hash = call.hub.store.objects, call.hub.xet and call.hub.xet.find(sha256)
     if xet_hash and (repo, sha256) not in objects:
         objects[repo, sha256] = call.hub.xet.read(sha256, xet_hash, size)
     if (repo, sha256) not in objects:
-        raise HubError(400, f'Your push was rejected because an LFS pointer pointed to a file that does not exist: '
+        raise Refused(400, f'Your push was rejected because an LFS pointer pointed to a file that does not exist: '
                             f'{sha256}')
     return Blob(objects[repo, sha256], large=True, xet_hash=xet_hash)
 
@@ -264,15 +264,15 @@ def _changed(call: Call, repo: str, files: dict[str, Blob], operations: list[dic
         if operation['key'] == 'file':
             data = base64.b64decode(value['content'])
             if _is_large(value['path'], data[:512]):
-                raise HubError(400, f'{value["path"]} is binary: upload it as a large file')
+                raise Refused(400, f'{value["path"]} is binary: upload it as a large file')
             files[value['path']] = Blob(data)
         elif operation['key'] == 'lfsFile':
             files[value['path']] = _large_blob(call, repo, value['oid'], value['size'])
         elif operation['key'] == 'deletedFile':
             if files.pop(value['path'], None) is None:
-                raise HubError(404, "A file with this name doesn't exist", 'EntryNotFound')
+                raise Refused(404, "A file with this name doesn't exist", 'EntryNotFound')
         else:
-            raise HubError(400, f'the double does not know {operation["key"]}')
+            raise Refused(400, f'the double does not know {operation["key"]}')
     return files
 
 
@@ -280,7 +280,7 @@ def _changed(call: Call, repo: str, files: dict[str, Blob], operations: list[dic
 def commit(call: Call, repo: str, revision: str) -> tuple:
     repository = call.write(repo)
     if revision not in repository.branches:
-        raise HubError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
+        raise Refused(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
     header, *operations = map(json.loads, call.body.splitlines())
     parent = header['value'].get('parentCommit')
     files = _changed(call, repo, repository.find(revision).files, operations)
@@ -292,9 +292,9 @@ def _file(call: Call, repo: str, revision: str, path: str) -> tuple[Commit, Blob
     repository = call.read(repo)
     commit = repository.find(revision)
     if repository.gated and not (call.account and call.account.owns(repo.split('/')[0])):
-        raise HubError(403 if call.account else 401, f'Access to model {repo} is restricted', 'GatedRepo')
+        raise Refused(403 if call.account else 401, f'Access to model {repo} is restricted', 'GatedRepo')
     if path not in commit.files:
-        raise HubError(404, 'Entry not found', 'EntryNotFound', {'X-Repo-Commit': commit.oid})
+        raise Refused(404, 'Entry not found', 'EntryNotFound', {'X-Repo-Commit': commit.oid})
     return commit, commit.files[path]
 
 

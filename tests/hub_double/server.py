@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from . import api
-from .store import Account, HubError, Store
+from .store import Account, Refused, Store
 from .xet import XetStorage
 
 
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(body)
             return self._hang_up(0)
         if fault and cut is None:
-            answer = self._error(HubError(fault.status, fault.message, headers=fault.headers))
+            answer = self._error(Refused(fault.status, fault.message, headers=fault.headers))
         else:
             answer = self._answer(body)
         data = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
@@ -186,21 +186,21 @@ class _Handler(BaseHTTPRequestHandler):
             with self.hub.store.lock:
                 answer = Answer(*api.answer(call, self.server_name))
             return self._ranged(answer)
-        except HubError as error:
+        except Refused as error:
             return self._error(error)
         except Exception as bug:
             self.hub.bugs.append(bug)
-            return self._error(HubError(500, f'the double is broken: {bug!r}'))
+            return self._error(Refused(500, f'the double is broken: {bug!r}'))
 
     def _account(self) -> Account | None:
         token = self.headers.get('Authorization')
         if token is None:
             return None
         if self.server_name == 'cdn':
-            raise HubError(400, 'Only one auth mechanism allowed: the Hub’s token must not reach its storage')
+            raise Refused(400, 'Only one auth mechanism allowed: the Hub’s token must not reach its storage')
         account = self.hub.store.accounts.get(token.removeprefix('Bearer '))
         if account is None:
-            raise HubError(401, 'Invalid credentials in Authorization header')
+            raise Refused(401, 'Invalid credentials in Authorization header')
         return account
 
     def _ranged(self, answer: Answer) -> Answer:
@@ -215,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
                       {**answer.headers, 'Content-Range': f'bytes {first}-{last}/{size}'})
 
     @staticmethod
-    def _error(error: HubError) -> Answer:
+    def _error(error: Refused) -> Answer:
         headers = {'Content-Type': 'application/json', 'X-Error-Message': str(error).encode('ascii', 'ignore').decode()}
         if error.code:
             headers['X-Error-Code'] = error.code

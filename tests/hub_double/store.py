@@ -5,7 +5,7 @@ import threading
 from dataclasses import dataclass, field
 
 
-class HubError(Exception):
+class Refused(Exception):
     """An answer that is an error: its status, its message, the Hub's `X-Error-Code`, and more headers or body."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None,
@@ -64,17 +64,17 @@ class Repository:
     tags: dict[str, str] = field(default_factory=dict)
 
     def find(self, revision: str) -> Commit:
-        """The commit of a branch, a tag or a full hash. Raises HubError 404."""
+        """The commit of a branch, a tag or a full hash. Raises Refused 404."""
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
         if oid not in self.commits:
-            raise HubError(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
+            raise Refused(404, f'Invalid rev id: {revision}', 'RevisionNotFound')
         return self.commits[oid]
 
     def commit(self, branch: str, title: str, files: dict[str, Blob], parent: str | None) -> Commit:
-        """Makes `files` the new head of a branch. Raises HubError 412 where `parent` is not its head any more."""
+        """Makes `files` the new head of a branch. Raises Refused 412 where `parent` is not its head any more."""
         head = self.branches.get(branch)
         if parent is not None and not (head or '').startswith(parent):
-            raise HubError(412, 'A commit has happened since. Please refresh and try again.')
+            raise Refused(412, 'A commit has happened since. Please refresh and try again.')
         named = repr((head, title, len(self.commits), sorted((path, blob.oid) for path, blob in files.items())))
         new = Commit(hashlib.sha1(named.encode()).hexdigest(), head, title, files)
         self.commits[new.oid], self.branches[branch] = new, new.oid
@@ -98,19 +98,19 @@ class Store:
         return repository
 
     def readable(self, repo_id: str, account: Account | None) -> Repository:
-        """A repository that the account may see. Raises HubError 401 or 404, which hide a private one alike."""
+        """A repository that the account may see. Raises Refused 401 or 404, which hide a private one alike."""
         repository = self.repositories.get(repo_id)
         if repository is None or (repository.private and not (account and account.owns(repo_id.split('/')[0]))):
             if account is None:
-                raise HubError(401, 'Invalid username or password.')
-            raise HubError(404, 'Repository not found', 'RepoNotFound')
+                raise Refused(401, 'Invalid username or password.')
+            raise Refused(404, 'Repository not found', 'RepoNotFound')
         return repository
 
     def may_write(self, namespace: str, account: Account | None) -> None:
-        """Raises HubError 401 or 403 where the account may not write under a namespace."""
+        """Raises Refused 401 or 403 where the account may not write under a namespace."""
         if account is None:
-            raise HubError(401, 'Invalid username or password.')
+            raise Refused(401, 'Invalid username or password.')
         if not account.owns(namespace):
-            raise HubError(403, f"You don't have the rights to create a model under the namespace \"{namespace}\"")
+            raise Refused(403, f"You don't have the rights to create a model under the namespace \"{namespace}\"")
         if account.role != 'write':
-            raise HubError(403, 'Forbidden: this token has no write permission')
+            raise Refused(403, 'Forbidden: this token has no write permission')
