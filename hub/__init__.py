@@ -1,1 +1,1 @@
-"""What is published, and the commands that make it."""
+"""What is published: the paper's figures beside ours, the cards, the pictures, and the command that uploads them."""

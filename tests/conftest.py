@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from hub_double import HubDouble
 from small_data import accepted
+from zoo import Zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may wait for a server
@@ -20,6 +23,10 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may wait for a server
 
 def pytest_addoption(parser):
     parser.addoption('--data-dir', help='folder with the real CIFAR files, for the tests marked cifar')
+    parser.addoption('--loader', metavar='PYTHON', default=sys.executable,
+                     help='the Python, perhaps with another huggingface_hub, that loads what the tests publish')
+    parser.addoption('--olah', metavar='OLAH_CLI', default=shutil.which('olah-cli'),
+                     help='the command of the mirror olah, to stand in front of the Hub double')
 
 
 def pytest_collection_modifyitems(config, items):
@@ -78,6 +85,22 @@ def make_cifar10(folder: Path, per_batch: int = 24, test: int = 20) -> Path:
 def small_cifar(tmp_path_factory) -> Path:
     """120 training and 20 test images in CIFAR-10's layout."""
     return make_cifar10(tmp_path_factory.mktemp('cifar'))
+
+
+@pytest.fixture(scope='session')
+def zoo(small_cifar, tmp_path_factory) -> Zoo:
+    """A copy of the project with two briefly trained networks and their cards."""
+    return Zoo.make(tmp_path_factory.mktemp('zoo'), small_cifar)
+
+
+@pytest.fixture(scope='session')
+def published(zoo, tmp_path_factory):
+    """The Hub double, and the finished command that published the zoo there by LFS."""
+    with HubDouble() as hub:
+        hub.add_account('alice', 'hf_alice')
+        env = zoo.client(hub, tmp_path_factory.mktemp('home'), HF_TOKEN='hf_alice')
+        command = zoo.run('-m', 'hub.publish', '--namespace', 'alice', **env)
+        yield hub, command, list(hub.log)
 
 
 @pytest.fixture

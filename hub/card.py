@@ -1,0 +1,145 @@
+"""The card of one weight file: front matter with a model-index, and the text under it."""
+
+import re
+from itertools import groupby
+
+import timm
+from huggingface_hub import EvalResult, ModelCardData
+
+from . import paper
+from .results import Run, Shipped, counted, deviations, median_runs, summary
+from .spectra import of_weights
+
+NAMESPACE = 'NAMESPACE'  # stands in a committed card for where it is published
+PICTURE = '<!-- ![{}]({}) -->'  # it is made when the card is published, and stands beside it there
+DATASETS = {'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'), 'cifar100': ('uoft-cs/cifar100', 'CIFAR-100')}
+EQUATIONS = {'original': 'eq. (1)', 'proposed': 'eq. (8)'}
+
+
+def front_matter(file: Shipped) -> str:
+    """YAML that the Hub reads. The accuracy is that of this very file, and left out where only a part was tested."""
+    hub_id, name = DATASETS[file.dataset]
+    results = [] if file.run.get('limit') else [EvalResult(
+        task_type='image-classification', dataset_type=hub_id, dataset_name=name, dataset_split='test',
+        metric_type='accuracy', metric_name='Accuracy', metric_value=round(100 - file.run['final_error'], 4))]
+    return ModelCardData(
+        library_name='timm', pipeline_tag='image-classification', license='apache-2.0', datasets=[hub_id],
+        metrics=['accuracy'], tags=['image-classification', 'timm', 'timm_nonlocal', 'nonlocal'],
+        **({'model_name': file.name, 'eval_results': results} if results else {})).to_yaml()
+
+
+def describe(architecture: str) -> str:
+    """The network in words, from its name."""
+    depth, _, rest = architecture.removeprefix('preresnet').partition('_nl_')
+    backbone = f'PreResNet-{depth}'
+    if not rest:
+        return f'{backbone}, the plain backbone'
+    kind, _, count = rest.partition('_k')
+    if count == '1x3':
+        what, where = ('blocks' if kind == 'original' else 'stages of one sub-block'), 'one in each of its three stages'
+        return f'{backbone} with {kind} nonlocal {what} ({EQUATIONS[kind]} of the paper), {where}'
+    plural = 's' * (count != '1')
+    what = (f'{count} original nonlocal block{plural}' if kind == 'original'
+            else f'a proposed nonlocal stage of {count} sub-block{plural}')
+    return f'{backbone} with {what} ({EQUATIONS[kind]} of the paper) after the second unit of its first stage'
+
+
+def results_text(file: Shipped, runs: list[Run]) -> str:
+    """This file's error beside our runs' and the paper's, then every run."""
+    theirs = paper.error(file.architecture, file.dataset)
+    found = counted(runs, file.architecture, file.dataset)
+    ours = summary(found)
+    median = '' if not ours else ', a median run' if file.run in median_runs(found) else ', not a median run'
+    interval = f'{ours.median:.2f} ({ours.lowest:.2f}–{ours.highest:.2f}, n = {ours.n})' if ours else 'none'
+    lines = ['| | test error after the last epoch, % |', '| --- | --- |',
+             f'| this file (seed {file.run["seed"]}{median}) | {file.run["final_error"]:.2f} |',
+             f'| our runs of the paper’s recipe, median (range, n) | {interval} |',
+             f'| the paper, median of {paper.RUNS} | {"not reported" if theirs is None else f"{theirs:.2f}"} |']
+    if found:
+        lines += ['', '| seed | last epoch, % | best epoch, % | sha256 of the weights |', '| --- | --- | --- | --- |',
+                  *(f'| {run["seed"]} | {run["final_error"]:.2f} | {run["best_error"]:.2f} ({run["best_epoch"]}) | '
+                    f'`{run["sha256"][:12]}` |' for run in found), '',
+                  'The best epoch is chosen by the test images, so it is no estimate of anything; it is here to show '
+                  'how much such a choice would flatter.']
+    return '\n'.join(lines)
+
+
+def training_text(run: Run) -> str:
+    """How this file was trained, field by field."""
+    recipe, versions = run['recipe'], run.get('versions', {})
+    rows = [
+        ('data', f'{DATASETS[run["dataset"]][1]}, divided by 255, the training images’ mean image subtracted; '
+                 f'random crops of the image padded by 4, random flips'),
+        ('recipe', f'{recipe["epochs"]} epochs, batch {recipe["batch_size"]}, SGD with momentum {recipe["momentum"]}, '
+                   f'weight decay {recipe["weight_decay"]} on every parameter, learning rate {recipe["lr"]} times '
+                   f'{recipe["gamma"]} after epochs {", ".join(map(str, recipe["milestones"]))}'),
+        ('differs from the paper in', '; '.join(deviations(run)) or 'nothing that the paper states'),
+        ('precision', {'no': 'float32', 'bf16': 'bfloat16 autocast, float32 weights'}.get(
+            run.get('mixed_precision'), run.get('mixed_precision'))),
+        ('device', run.get('device')),
+        ('hours', f'{run["seconds"] / 3600:.2f}' if run.get('seconds') else None),
+        ('versions', ', '.join(f'{name} {version}' for name, version in versions.items() if version)),
+        ('commit', f'`{run["commit"]}`' if run.get('commit') else None),
+        ('sha256', f'`{run["sha256"]}`'),
+    ]
+    return '\n'.join(['| | |', '| --- | --- |', *(f'| {name} | {value} |' for name, value in rows if value)])
+
+
+def spectrum_text(file: Shipped) -> str:
+    """The signs of the top eigenvalues of every block, with what chance gives."""
+    blocks = of_weights(file.path)
+    if not blocks:
+        return 'There is no nonlocal block, so there is no spectrum.'
+    parts = []
+    for stage, group in groupby(blocks, key=lambda block: block.stage):
+        group = list(group)
+        first = group[0]
+        parts += [f'`{stage}`, C = {first.C}, C′ = {first.C_inner}; random weights have {first.neg_top_null:.1f} ± '
+                  f'{first.neg_top_null_sd:.1f} of either sign:', '\n'.join([
+                      f'| block | negative in the top {first.top_k} | positive | trace |',
+                      '| --- | --- | --- | --- |',
+                      *(f'| {block.index + 1} | {block.neg_top} | {block.pos_top} | {block.trace:.3f} |'
+                        for block in group)])]
+    return '\n\n'.join(['Eigenvalues of the symmetric part of W = W_Z W_g (eq. (7)), the largest by magnitude.', *parts,
+                        PICTURE.format('The top eigenvalues of every block', 'spectrum.png')])
+
+
+def published(text: str, namespace: str) -> str:
+    """A committed card as it is published: under a namespace, with its pictures."""
+    text = text.replace(f'{NAMESPACE}/', f'{namespace}/')
+    return re.sub(PICTURE.replace('(', r'\(').replace(')', r'\)').replace('[', r'\[').replace('{}', '(.*?)'),
+                  r'![\1](\2)', text)
+
+
+def card(file: Shipped, runs: list[Run]) -> tuple[str, str]:
+    """Front matter and text of a weight file's card."""
+    unlike = deviations(file.run)
+    warning = [f'**Not the paper’s recipe: {"; ".join(unlike)}.** The error below says nothing of the paper’s.'
+               ] if unlike else []
+    name, repo = file.name, f'{NAMESPACE}/{file.name}'
+    model = timm.create_model(name)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    spectrum = of_weights(file.path)
+    return front_matter(file), '\n\n'.join([
+        f'# {name}', *warning,
+        f'{describe(file.architecture)}, trained on {DATASETS[file.dataset][1]}: {parameters:,} parameters, images of '
+        f'32×32. It belongs to [{paper.TITLE}](https://arxiv.org/abs/{paper.ARXIV}) (Tao, Sun, Du, Liu, NeurIPS 2018); '
+        f'the weights are ours, not its authors’, who published none that we know of.',
+        '## Use',
+        f'```python\nimport timm_nonlocal  # registers the architecture: without it timm knows no such model\n\n'
+        f'import timm\n\n'
+        f"model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()\n"
+        f'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```',
+        'The snippet that the Hub itself offers lacks that first import. The inference widget cannot serve an '
+        'architecture from outside timm. The networks were trained on images minus the mean image; `transform` '
+        'subtracts the mean colour, the nearest that timm’s data configuration can say.',
+        *([f'What its blocks have learned, read over range requests:\n\n'
+           f'```sh\npython -m timm_nonlocal.inspect hf-hub:{repo}\n```'] if spectrum else []),
+        '## Results', results_text(file, runs),
+        PICTURE.format('Training loss and errors after every epoch', 'curve.png'),
+        '## Training', training_text(file.run),
+        '## Spectrum', spectrum_text(file),
+        '## Limits',
+        'CIFAR images only: 32×32 pixels, the classes of the data set, no claim beyond its test split. Errors are '
+        'those after the last epoch, so that the test images chose no epoch.',
+        '## Citation', f'```bibtex\n{paper.CITATION}\n```'])

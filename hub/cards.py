@@ -1,0 +1,138 @@
+"""MODEL_CARD.md and a card for every weight file, made from results.jsonl and the weights.
+
+    python -m hub.cards [--check]
+
+What stands between the markers is generated and what stands outside is kept, so that conclusions can be written by
+hand and numbers cannot. --check writes nothing and fails where a card or a picture is not what it would be. Exit codes:
+0 all is as it should be; 1 --check found a difference; 2 the results or the cards cannot be used.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from . import figures, paper
+from .card import card
+from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, shipped, summary
+
+MODEL_CARD = HUB.parent / 'MODEL_CARD.md'
+CARDS = HUB / 'models'
+BEGIN, END = '<!-- begin {}: made by python -m hub.cards -->', '<!-- end {} -->'
+MISSING = 'missing'
+
+
+def between(text: str, name: str, content: str) -> str:
+    """The text with the block of a name replaced. Raises PublishError if its two markers are not there once each."""
+    begin, end = BEGIN.format(name), END.format(name)
+    if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
+        raise PublishError(f'the lines {begin} and {end} must both be there, once each and in this order')
+    return f'{text[:text.index(begin)]}{begin}\n\n{content}\n\n{text[text.index(end):]}'
+
+
+def weights_text(files: list[Shipped]) -> str:
+    """Which tags have weights, each with its seed and its error."""
+    if not files:
+        return "None yet: no tag has weights, and `timm.list_pretrained('preresnet*')` is empty."
+    return '\n'.join([
+        '| name | final test error, % | seed | sha256 |', '| --- | --- | --- | --- |',
+        *(f'| [{file.name}](hub/models/{file.name}.md) | {file.run["final_error"]:.2f} | {file.run["seed"]} | '
+          f'`{file.sha256[:12]}` |' for file in files)])
+
+
+def table_text(table: paper.Table, runs: list[Run], files: list[Shipped]) -> str:
+    """One of the paper's tables with our runs beside it."""
+    shipped_names = {file.name for file in files}
+    lines = [f'### {table.title}', '',
+             f'| network | paper, median of {paper.RUNS} | ours, median | n | range | weights |',
+             '| --- | --- | --- | --- | --- | --- |']
+    for row in table.rows:
+        ours = summary(counted(runs, row.architecture, table.dataset))
+        cells = [f'{ours.median:.2f}', f'{ours.n}', f'{ours.lowest:.2f}–{ours.highest:.2f}'] if ours else [MISSING] * 3
+        name = f'{row.architecture}.{table.dataset}'
+        lines.append(f'| {row.label} | {"not reported" if row.error is None else f"{row.error:.2f}"} | '
+                     f'{" | ".join(cells)} | {f"`{name}`" if name in shipped_names else MISSING} |')
+    return '\n'.join(lines)
+
+
+def tables_text(runs: list[Run], files: list[Shipped]) -> str:
+    """Both tables, with what is counted in them."""
+    others = sum(bool(deviations(run)) for run in runs)
+    return '\n\n'.join([
+        'Test errors in per cent after the last epoch; n is the number of runs that followed the paper’s recipe. Runs '
+        f'in `hub/results.jsonl` that did not, and are not counted: {others}.',
+        *(table_text(table, runs, files) for table in paper.TABLES)])
+
+
+def figures_text(drawn: dict[int, list[figures.Drawn]]) -> str:
+    """The figures with their captions."""
+    parts = ['A count of signs agrees with the paper where every block is more than '
+             f'{figures.SIGMAS} standard deviations from chance: weights in general position have as many positive as '
+             'negative eigenvalues, trained or not, and what training changes is which are large.']
+    for number, caption in figures.captions(drawn).items():
+        if any(panel.series for panel in drawn[number]):
+            parts.append(f'![Figure {number}](hub/figures/figure{number}.png)')
+        parts.append(caption)
+    return '\n\n'.join(parts)
+
+
+def model_card(text: str, runs: list[Run], files: list[Shipped], drawn: dict[int, list[figures.Drawn]]) -> str:
+    """MODEL_CARD.md with its generated parts made anew."""
+    for name, content in (('weights', weights_text(files)), ('tables', tables_text(runs, files)),
+                          ('figures', figures_text(drawn))):
+        text = between(text, name, content)
+    return text
+
+
+def update(text: str, made: tuple[str, str]) -> str:
+    """A model's card with front matter and generated part made anew; what was written after it is kept."""
+    front_matter, body = made
+    if not text:
+        text = f'{BEGIN.format("card")}\n{END.format("card")}\n'
+    text = re.sub(r'\A---\n.*?\n---\n', '', text, flags=re.DOTALL)
+    return f'---\n{front_matter}\n---\n{between(text, "card", body)}'
+
+
+def make(folder: Path = HUB.parent) -> tuple[dict[Path, str], list[str]]:
+    """What every card should hold, and what is wrong beside them. Raises PublishError."""
+    runs = load()
+    files = shipped(runs)
+    drawn = figures.collect(runs, files)
+    cards = {MODEL_CARD: model_card(MODEL_CARD.read_text(), runs, files, drawn)}
+    for file in files:
+        path = CARDS / f'{file.name}.md'
+        cards[path] = update(path.read_text() if path.is_file() else '', card(file, runs))
+    problems = [f'{path.relative_to(folder)} has no weights: delete it'
+                for path in sorted(CARDS.glob('*.md')) if path not in cards]
+    return cards, problems + figures.stale(drawn)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog='python -m hub.cards', description=__doc__.split('\n\n')[0],
+                                     allow_abbrev=False)
+    parser.add_argument('--check', action='store_true', help='write nothing; fail where a card would change')
+    args = parser.parse_args(argv)
+    try:
+        cards, problems = make()
+    except PublishError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    for path, text in cards.items():
+        name = path.relative_to(HUB.parent)
+        if path.is_file() and path.read_text() == text:
+            continue
+        if args.check:
+            problems.append(f'{name} is not what hub/results.jsonl and the weights make it: run python -m hub.cards')
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f'.part.{path.name}')
+        beside.write_text(text)
+        beside.replace(path)
+        print(name)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if args.check and problems else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""What the paper reports, as data: its recipe, Tables 1 and 2, and what Figures 1 to 4 show.
+
+Tao, Du, Sun, Liu, "Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling", NeurIPS 2018. Its errors are
+medians of five runs, in per cent of the test images; its figures' numbers are not in its text.
+"""
+
+from typing import Any, NamedTuple
+
+TITLE = 'Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling'
+ARXIV = '1806.00681'
+CITATION = f"""@inproceedings{{tao2018nonlocal,
+  title = {{{TITLE}}},
+  author = {{Tao, Yunzhe and Sun, Qi and Du, Qiang and Liu, Wei}},
+  booktitle = {{Advances in Neural Information Processing Systems}},
+  year = {{2018}}
+}}"""
+RUNS = 5
+
+
+def recipe(architecture: str) -> dict[str, Any]:
+    """The training recipe of section 3.1; four original blocks took a tenth of the learning rate. Batch 128 is ours:
+    the paper has "81 and 122 epochs (around 32k and 48k iterations)"."""
+    return {'epochs': 164, 'batch_size': 128, 'lr': 0.01 if architecture.endswith('original_k4') else 0.1,
+            'milestones': [81, 122], 'gamma': 0.1, 'momentum': 0.9, 'weight_decay': 1e-4}
+
+
+class Row(NamedTuple):
+    """A line of a table; error is None where the paper trains the network but reports no error."""
+
+    label: str
+    architecture: str
+    error: float | None
+
+
+class Table(NamedTuple):
+    title: str
+    dataset: str
+    rows: tuple[Row, ...]
+
+
+TABLES = (
+    Table('Table 1: PreResNet-20 on CIFAR-10', 'cifar10', (
+        Row('baseline', 'preresnet20', 8.19),
+        Row('original, k = 1', 'preresnet20_nl_original_k1', None),
+        Row('original, k = 2', 'preresnet20_nl_original_k2', 7.83),
+        Row('original, k = 3', 'preresnet20_nl_original_k3', 8.28),
+        Row('original, k = 4', 'preresnet20_nl_original_k4', 15.02),
+        Row('proposed, k = 2', 'preresnet20_nl_proposed_k2', 7.74),
+        Row('proposed, k = 3', 'preresnet20_nl_proposed_k3', 7.62),
+        Row('proposed, k = 4', 'preresnet20_nl_proposed_k4', 7.37),
+        Row('proposed, k = 5', 'preresnet20_nl_proposed_k5', 7.29),
+        Row('proposed, k = 6', 'preresnet20_nl_proposed_k6', 7.55),
+        Row('original, one in each stage', 'preresnet20_nl_original_k1x3', 8.07),
+        Row('proposed, one in each stage', 'preresnet20_nl_proposed_k1x3', 7.33),
+    )),
+    Table('Table 2: PreResNet-56 on CIFAR-100', 'cifar100', (
+        Row('baseline', 'preresnet56', 26.57),
+        Row('original, k = 2', 'preresnet56_nl_original_k2', 26.13),
+        Row('original, k = 3', 'preresnet56_nl_original_k3', 26.26),
+        Row('original, k = 4', 'preresnet56_nl_original_k4', 34.89),
+        Row('proposed, k = 2', 'preresnet56_nl_proposed_k2', 26.04),
+        Row('proposed, k = 3', 'preresnet56_nl_proposed_k3', 25.57),
+        Row('proposed, k = 4', 'preresnet56_nl_proposed_k4', 25.43),
+        Row('proposed, k = 5', 'preresnet56_nl_proposed_k5', 25.29),
+        Row('proposed, k = 6', 'preresnet56_nl_proposed_k6', 25.49),
+    )),
+)
+
+
+def error(architecture: str, dataset: str) -> float | None:
+    """The paper's error of a network on a data set, in per cent, where it has one."""
+    for table in TABLES:
+        for row in table.rows:
+            if (row.architecture, table.dataset) == (architecture, dataset):
+                return row.error
+    return None
+
+
+class Panel(NamedTuple):
+    """One part of a figure: the top 32 eigenvalues of every block of a network, or the curves of several networks.
+
+    epoch is None for the final weights; claim is what the paper says of the panel ('' where it says nothing).
+    """
+
+    letter: str
+    title: str
+    architectures: tuple[str, ...]
+    claim: str
+    epoch: int | None = None
+    curves: bool = False
+
+
+class Figure(NamedTuple):
+    number: int
+    title: str
+    panels: tuple[Panel, ...]
+
+
+def _original(k: int) -> str:
+    return f'preresnet20_nl_original_k{k}'
+
+
+FIGURES = (
+    Figure(1, 'Top 32 eigenvalues of the symmetrised weights after training, 1, 2 and 3 original blocks', tuple(
+        Panel(letter, f'{k} block{"s" * (k > 1)}', (_original(k),), 'negative')
+        for letter, k in zip('abc', (1, 2, 3), strict=True))),
+    Figure(2, 'Top 32 eigenvalues of the symmetrised weight during training, 1 original block', tuple(
+        Panel(letter, f'epoch {epoch}', (_original(1),), 'negative', epoch)
+        for letter, epoch in zip('abc', (36, 82, 125), strict=True))),
+    Figure(3, 'Training with 1 to 4 original blocks, 4 with a tenth of the learning rate, and the spectrum with 4', (
+        Panel('a', 'training curves', tuple(map(_original, (1, 2, 3, 4))), 'four lose most', curves=True),
+        Panel('b', '4 blocks', (_original(4),), 'large positive'))),
+    Figure(4, 'Top 32 eigenvalues of the symmetrised weights after training, 4 proposed sub-blocks', (
+        Panel('', '4 sub-blocks', ('preresnet20_nl_proposed_k4',), 'positive'),)),
+)
+FIGURE_DATASET = 'cifar10'

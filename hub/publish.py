@@ -1,0 +1,166 @@
+"""Publishes weight files with honest cards on the Hugging Face Hub, each in a repository of its own, and verifies them.
+
+    python -m hub.publish [NAME…] --namespace NS [--dry-run] [--private] [--revision BRANCH]
+
+The token is the client's own: HF_TOKEN, or what `hf auth login` saved. What is already there is not uploaded again,
+so that the same command continues after a failure. Exit codes: 0 all is published and verified; 1 something is missing,
+and named; 2 the arguments, the weights or the results are off.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.sha import git_hash
+
+from .client import CLIENT_ERRORS, explain, status
+from .folder import WEIGHTS, build
+from .results import PublishError, Shipped, load, sha256, shipped
+from .verify import verify
+
+STEPS = ('build', 'create', 'upload', 'tag', 'verify')
+
+
+class Unfinished(Exception):
+    """A publication that stopped at a step. `hopeless` where every other one would stop alike."""
+
+    def __init__(self, step: str, reason: str, hopeless: bool = False):
+        super().__init__(reason)
+        self.step, self.hopeless = step, hopeless
+
+
+def changed(api: HfApi, repo: str, commit: str, folder: Path) -> list[Path]:
+    """The files of a folder that a commit of the repository does not hold byte for byte."""
+    paths = sorted(path for path in folder.iterdir())
+    there = {info.path: info for info in api.get_paths_info(repo, [path.name for path in paths], revision=commit)}
+    return [path for path in paths if not _holds(there.get(path.name), path)]
+
+
+def _holds(info, path: Path) -> bool:
+    if info is None:
+        return False
+    return info.lfs.sha256 == sha256(path) if info.lfs else info.blob_id == git_hash(path.read_bytes())
+
+
+def tag(api: HfApi, repo: str, commit: str, file: Shipped) -> str:
+    """Pins these weights under a tag that names them; a tag that is there already is never moved."""
+    name = f'weights-{file.sha256[:12]}'
+    if name in [ref.name for ref in api.list_repo_refs(repo).tags]:
+        (info,) = api.get_paths_info(repo, [WEIGHTS], revision=name) or (None,)
+        if not _holds(info, file.path):
+            raise PublishError(f'the tag {name} exists and holds other weights: delete it there')
+    else:
+        api.create_tag(repo, tag=name, revision=commit, tag_message=f'{file.name}, sha256 {file.sha256}')
+    return name
+
+
+def publish(api: HfApi, file: Shipped, args: argparse.Namespace, folder: Path) -> str:
+    """All steps for one weight file; says in a line what was done. Raises Unfinished."""
+    repo, step = f'{args.namespace}/{file.name}', STEPS[0]
+    try:
+        build(file, args.namespace, folder)
+        step = 'create'
+        api.create_repo(repo, private=args.private or None, exist_ok=True)
+        if args.revision != 'main':
+            api.create_branch(repo, branch=args.revision, exist_ok=True)
+        step = 'upload'
+        head = api.repo_info(repo, revision=args.revision)
+        commit, files = head.sha, changed(api, repo, head.sha, folder)
+        if files:
+            commit = api.create_commit(
+                repo, [CommitOperationAdd(path.name, path) for path in files], revision=args.revision,
+                parent_commit=head.sha, commit_message=f'{file.name}: {", ".join(path.name for path in files)}').oid
+        step = 'tag'
+        name = tag(api, repo, commit, file)
+        step = 'verify'
+        verify(file.name, repo, commit, public=not head.private)
+    except (PublishError, *CLIENT_ERRORS) as error:
+        if args.traceback:
+            traceback.print_exc()
+        hopeless = status(error) in (401, 403) or isinstance(error, OfflineModeIsEnabled)
+        raise Unfinished(step, explain(error), hopeless) from error
+    size = sum(path.stat().st_size for path in files)
+    done = f'{len(files)} files, {size:,} bytes uploaded' if files else 'nothing to upload'
+    return f'{repo}@{commit[:12]}: {done}, tag {name}, verified'
+
+
+def listing(file: Shipped, args: argparse.Namespace, folder: Path) -> str:
+    """What --dry-run says of a weight file: every file with its size and sha256."""
+    build(file, args.namespace, folder)
+    lines = [f'{args.namespace}/{file.name}']
+    return '\n'.join(lines + [f'  {path.name:<18} {path.stat().st_size:>10,}  {sha256(path)}'
+                              for path in sorted(folder.iterdir())])
+
+
+def select(names: list[str], files: list[Shipped]) -> list[Shipped]:
+    """The weight files of these names, all without any. Raises PublishError for a name without weights."""
+    if not files:
+        raise PublishError('timm_nonlocal/weights holds no weights: there is nothing to publish')
+    known = {file.name: file for file in files}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)[:3]
+            raise PublishError(f'{name} has no weights; these have: {", ".join(near)}')
+    return [known[name] for name in names] if names else files
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog='python -m hub.publish', description=__doc__.split('\n\n')[0],
+                                     allow_abbrev=False)
+    parser.add_argument('names', nargs='*', metavar='NAME', help='architecture.tag of a weight file (default: all)')
+    parser.add_argument('--namespace', required=True, metavar='NS', help='the user or organisation to publish under')
+    parser.add_argument('--dry-run', action='store_true', help='build the folders and list them; no network')
+    parser.add_argument('--private', action='store_true', help='create new repositories as private ones')
+    parser.add_argument('--revision', default='main', metavar='BRANCH', help='the branch to upload to (default: main)')
+    parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r'[\w.-]+', args.namespace, re.ASCII):
+        parser.error(f'--namespace {args.namespace}: write the name of a user or an organisation alone')
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        files = select(args.names, shipped(load()))
+    except PublishError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    disable_progress_bars()
+    api, missing = HfApi(library_name='timm_nonlocal'), {file.name: STEPS[0] for file in files}
+    try:
+        for file in files:
+            with tempfile.TemporaryDirectory() as folder:
+                if args.dry_run:
+                    print(listing(file, args, Path(folder)))
+                    del missing[file.name]
+                    continue
+                try:
+                    print(publish(api, file, args, Path(folder)), flush=True)
+                    del missing[file.name]
+                except Unfinished as stop:
+                    missing[file.name] = stop.step
+                    print(f'error: {args.namespace}/{file.name}: {stop.step}: {stop}', file=sys.stderr)
+                    if stop.hopeless:
+                        break
+    except PublishError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('stopped', file=sys.stderr)
+    for name, step in missing.items():
+        print(f'missing: {args.namespace}/{name}: {", ".join(STEPS[STEPS.index(step):])}', file=sys.stderr)
+    if missing:
+        print('the same command continues', file=sys.stderr)
+    return 1 if missing else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
