@@ -200,7 +200,7 @@ def _singular_values(left: Tensor, right: Tensor) -> Tensor:
 
 
 def weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_EPS) -> tuple[Tensor, Tensor, Tensor]:
-    """W_Z, (C, C'), and W_g, (C', C), of a block, and the factor (C,) on W_Z's rows to fold into it; float64.
+    """W_Z, (C, C'), and W_g, (C', C), of a block, and the factor (C,) to fold into W_Z's rows; float64, on the CPU.
 
     Spectral normalisation is part of the weight and always divided out. The factor is γ/√(σ² + ε) of a batch norm after
     W_Z, times the block's gain; its shift does not depend on Z.
@@ -211,14 +211,16 @@ def weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_EPS) ->
     for name in block.names:
         if not tensors[name].is_floating_point():
             raise ValueError(f'{name} is {str(tensors[name].dtype).removeprefix("torch.")}, not floating point')
-    w_z, w_g = (_normalised(tensors[name].detach().double().flatten(1), [tensors[part].double() for part in power])
+    def wide(name: str) -> Tensor:
+        return tensors[name].detach().cpu().double()
+
+    w_z, w_g = (_normalised(wide(name).flatten(1), [wide(part) for part in power])
                 for name, power in ((block.w_z, block.power_z), (block.w_g, block.power_g)))
     factor = w_z.new_ones(w_z.shape[0])
     if block.norm:
-        gamma, variance = (tensors[f'{block.norm}.{part}'].detach().double() for part in ('weight', 'running_var'))
-        factor = factor * gamma * (variance + eps).rsqrt()
+        factor = factor * wide(f'{block.norm}.weight') * (wide(f'{block.norm}.running_var') + eps).rsqrt()
     if block.scale:
-        factor = factor * tensors[block.scale].detach().double().flatten()
+        factor = factor * wide(block.scale).flatten()
     return w_z, w_g, factor
 
 
