@@ -29,6 +29,7 @@ class Spectrum:
         stage: the state-dict prefix of the nonlocal part.
         index: the block's number in it.
         name: the block's own prefix.
+        keys: names in the state dict: `w_z`, `w_g`, the prefix of a batch norm `bn` and the gain `scale` or None.
         naming: the layout its keys were recognised by (`timm_nonlocal.layouts`).
         formulation: 'original' (eq. (1)), 'proposed' (eq. (8)) or 'unknown' (a control without θ).
         symmetric: whether φ = θ; None where the names do not tell.
@@ -60,6 +61,7 @@ class Spectrum:
     stage: str
     index: int
     name: str
+    keys: dict[str, Optional[str]]
     naming: str
     formulation: str
     symmetric: Optional[bool]
@@ -211,6 +213,7 @@ def weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_EPS) ->
     for name in block.names:
         if not tensors[name].is_floating_point():
             raise ValueError(f'{name} is {str(tensors[name].dtype).removeprefix("torch.")}, not floating point')
+
     def wide(name: str) -> Tensor:
         return tensors[name].detach().cpu().double()
 
@@ -239,7 +242,8 @@ def measure(block: Block, tensors: Mapping[str, Tensor], top: Optional[int] = TO
     """The spectrum of one block from its tensors, folded where `fold` says so and there is something to fold."""
     w_z, w_g, factor = weights(block, tensors, eps)
     channels, inner = w_z.shape
-    identity = {name: getattr(block, name) for name in ('stage', 'index', 'name', 'naming', 'formulation', 'symmetric')}
+    identity = {name: getattr(block, name) for name in (
+        'stage', 'index', 'name', 'keys', 'naming', 'formulation', 'symmetric')}
 
     def record(w_z: Tensor) -> Spectrum:
         return Spectrum(**identity, C=channels, C_inner=inner, folded=False,
