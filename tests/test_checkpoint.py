@@ -65,6 +65,7 @@ def test_file_and_shards(model, tmp_path):
         save_file({name: state[name] for name in names[number::3]}, tmp_path / f'{number}.safetensors')
     (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(
         {'weight_map': {name: f'{position % 3}.safetensors' for position, name in enumerate(names)}}))
+    assert same_numbers(open_target(str(tmp_path / 'model.safetensors.index.json')), model)
     source = open_target(str(tmp_path))
     assert source.kind == 'dir' and same_numbers(source, model)
     needed = {position % 3 for position, name in enumerate(names) if '.g.' in name or '.z.' in name}

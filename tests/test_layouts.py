@@ -174,11 +174,12 @@ def test_layer10_follows_layer9():
 
 def test_what_is_left_out_is_said():
     shapes = {'a.g.weight': (4, 8, 3, 3), 'a.z.weight': (8, 4, 1, 1), 'b.g.weight': (4, 8), 'b.z.weight': (8, 3),
+              'd.g.weight': (10 ** 9, 10 ** 9), 'd.z.weight': (10 ** 9, 10 ** 9),
               'c.conv_g.weight': (4, 8, 1), 'c.conv_out.weight': (8, 4, 1), 'c.norm.weight': (8,), 'c.norm.bias': (8,)}
     found = find(shapes)
     assert [(block.name, block.norm) for block in found.blocks] == [('c', None)]
-    assert [re.search('not 1×1|transpose|not folded', warning)[0] for warning in found.warnings] == [
-        'not 1×1', 'transpose', 'not folded']
+    assert [re.search('not 1×1|transpose|channels|not folded', warning)[0] for warning in found.warnings] == [
+        'not 1×1', 'transpose', 'channels', 'not folded']
 
 
 def test_names_that_look_alike_are_no_blocks():

@@ -177,7 +177,9 @@ def test_model_and_state_dict_say_the_same_during_training():
     assert after == spectrum(model.state_dict()) != before
     assert all(parameter.requires_grad for parameter in model.parameters()) and model.training
     compiled = {f'_orig_mod.module.{name}': tensor for name, tensor in model.state_dict().items()}
-    assert spectrum(compiled) == after
+    found = spectrum(compiled)
+    assert [record.eigenvalues for record in found] == [record.eigenvalues for record in after]
+    assert (found[0].stage, found[0].keys['w_z']) == ('layer1.nl', '_orig_mod.module.layer1.nl.sub_blocks.0.z.weight')
 
 
 def test_top_and_records_as_dicts():
@@ -190,7 +192,7 @@ def test_top_and_records_as_dicts():
     rows = io.StringIO()
     csv.DictWriter(rows, fieldnames=list(record.to_dict())).writerow(record.to_dict())
     assert rows.getvalue().startswith('layer1.nl,0,')
-    flat = [value for name, value in record.to_dict().items() if name not in ('eigenvalues', 'flags')]
+    flat = [value for name, value in record.to_dict().items() if name not in ('keys', 'eigenvalues', 'flags')]
     assert not any(isinstance(value, (list, dict, torch.Tensor)) for value in flat)  # one table row
 
 

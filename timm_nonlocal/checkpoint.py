@@ -8,7 +8,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -117,10 +117,11 @@ def open_target(target: str, options: Optional[Options] = None) -> Source:
         return _hub(target, match[1], options)
     if match := re.fullmatch(rf'(?:https://huggingface\.co|{re.escape(constants.ENDPOINT)})/([^/]+/[^/?]+)(?:/(?:tree|'
                              rf'resolve|blob)/([^/?]+)(?:/([^?]+))?)?/?(?:\?.*)?', target):
-        options = Options(**{**vars(options), 'revision': options.revision or match[2],
-                             'file': options.file or match[3]})
+        options = replace(options, revision=options.revision or match[2], file=options.file or match[3])
         return _hub(target, match[1], options)
     path = Path(target.removeprefix('local-dir:'))
+    if path.is_file() and path.name.endswith('.index.json'):
+        return _folder(target, path.parent, replace(options, file=path.name))
     if path.is_file():
         return _file(target, path)
     if path.is_dir():
@@ -205,7 +206,7 @@ def _registered(target: str, options: Options) -> Source:
     if cfg and cfg.has_weights and cfg.hf_hub_id:
         file = options.file or cfg.hf_hub_filename
         repo_id = cfg.hf_hub_id if cfg.hf_hub_id.count('/') and not cfg.hf_hub_id.endswith('/') else f'timm/{target}'
-        return _hub(target, repo_id, Options(**{**vars(options), 'file': file}), architecture)
+        return _hub(target, repo_id, replace(options, file=file), architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:

@@ -20,6 +20,8 @@ from typing import Any, Optional
 
 Shape = tuple[int, ...]
 
+MAX_CHANNELS = 16384  # a file that claims more is not read into memory
+
 _WRAPPERS = re.compile(r'(?:module\.|_orig_mod\.)+')  # DistributedDataParallel and torch.compile
 _HINT = re.compile(r'non_?local|att|theta|value|\b(?:nl|g|v)\b', re.IGNORECASE)
 _WEIGHT = re.compile(r'(?P<module>.*?)\.?(?P<kind>weight|weight_orig|parametrizations\.weight\.original)')
@@ -231,6 +233,8 @@ def _misfit(block: Block, view: Mapping[str, Optional[Shape]]) -> Optional[str]:
         return None
     if {*g[2:], *z[2:]} - {1}:
         return f'{pair}: not 1×1 kernels, so that the block has no single W = W_Z W_g: left out'
+    if max(*g[:2], *z[:2]) > MAX_CHANNELS:
+        return f'{pair}: more than {MAX_CHANNELS} channels: left out'
     if g[1::-1] != z[:2]:
         return f'{pair}: W_Z has not the shape of W_g\'s transpose: left out'
     return ''

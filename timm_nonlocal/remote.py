@@ -267,12 +267,12 @@ class Repo:
 def _stream(url: str, headers: dict[str, str], timeout: float) -> Iterator[tuple[Any, Iterator[bytes]]]:
     """A GET whose body is read piece by piece, through the Hub client's session, be it of httpx or of requests."""
     session = get_session()
-    if hasattr(session, 'stream'):
+    if callable(getattr(session, 'stream', None)):  # httpx; in requests it is a flag
         with session.stream('GET', url, headers=headers, timeout=timeout, follow_redirects=True) as response:
             yield response, response.iter_raw(1 << 16)
     else:
         with session.get(url, headers=headers, timeout=timeout, stream=True) as response:
-            yield response, response.raw.stream(1 << 16, decode_content=False)
+            yield response, response.iter_content(1 << 16)
 
 
 def _header(chain: list[Any], name: str) -> Optional[str]:

@@ -100,7 +100,7 @@ def to_csv(results: list[Result]) -> str:
                 extra, raw = record.pop('stability') or {}, record.pop('raw')
                 record |= {'raw_alignment': raw and raw['alignment'], 'raw_neg_top': raw and raw['neg_top'],
                            'eigenvalues': ' '.join(map(repr, record['eigenvalues'])),
-                           'flags': ' '.join(record['flags']),
+                           'flags': ' '.join(record['flags']), 'keys': ' '.join(filter(None, block.keys.values())),
                            **{name: extra.get(name) for name in ('kappa', 'constant_gain', 'radius', 'outside')}}
                 rows.append({'target': result.input, **record})
     text = io.StringIO()

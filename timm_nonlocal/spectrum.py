@@ -29,6 +29,7 @@ class Spectrum:
         stage: the state-dict prefix of the nonlocal part.
         index: the block's number in it.
         name: the block's own prefix.
+        keys: names in the state dict: `w_z`, `w_g`, the prefix of a batch norm `bn` and the gain `scale` or None.
         naming: the layout its keys were recognised by (`timm_nonlocal.layouts`).
         formulation: 'original' (eq. (1)), 'proposed' (eq. (8)) or 'unknown' (a control without θ).
         symmetric: whether φ = θ; None where the names do not tell.
@@ -60,6 +61,7 @@ class Spectrum:
     stage: str
     index: int
     name: str
+    keys: dict[str, Optional[str]]
     naming: str
     formulation: str
     symmetric: Optional[bool]
@@ -200,7 +202,7 @@ def _singular_values(left: Tensor, right: Tensor) -> Tensor:
 
 
 def weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_EPS) -> tuple[Tensor, Tensor, Tensor]:
-    """W_Z, (C, C'), and W_g, (C', C), of a block, and the factor (C,) on W_Z's rows to fold into it; float64.
+    """W_Z, (C, C'), and W_g, (C', C), of a block, and the factor (C,) to fold into W_Z's rows; float64, on the CPU.
 
     Spectral normalisation is part of the weight and always divided out. The factor is γ/√(σ² + ε) of a batch norm after
     W_Z, times the block's gain; its shift does not depend on Z.
@@ -211,14 +213,17 @@ def weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_EPS) ->
     for name in block.names:
         if not tensors[name].is_floating_point():
             raise ValueError(f'{name} is {str(tensors[name].dtype).removeprefix("torch.")}, not floating point')
-    w_z, w_g = (_normalised(tensors[name].detach().double().flatten(1), [tensors[part].double() for part in power])
+
+    def wide(name: str) -> Tensor:
+        return tensors[name].detach().cpu().double()
+
+    w_z, w_g = (_normalised(wide(name).flatten(1), [wide(part) for part in power])
                 for name, power in ((block.w_z, block.power_z), (block.w_g, block.power_g)))
     factor = w_z.new_ones(w_z.shape[0])
     if block.norm:
-        gamma, variance = (tensors[f'{block.norm}.{part}'].detach().double() for part in ('weight', 'running_var'))
-        factor = factor * gamma * (variance + eps).rsqrt()
+        factor = factor * wide(f'{block.norm}.weight') * (wide(f'{block.norm}.running_var') + eps).rsqrt()
     if block.scale:
-        factor = factor * tensors[block.scale].detach().double().flatten()
+        factor = factor * wide(block.scale).flatten()
     return w_z, w_g, factor
 
 
@@ -237,7 +242,8 @@ def measure(block: Block, tensors: Mapping[str, Tensor], top: Optional[int] = TO
     """The spectrum of one block from its tensors, folded where `fold` says so and there is something to fold."""
     w_z, w_g, factor = weights(block, tensors, eps)
     channels, inner = w_z.shape
-    identity = {name: getattr(block, name) for name in ('stage', 'index', 'name', 'naming', 'formulation', 'symmetric')}
+    identity = {name: getattr(block, name) for name in (
+        'stage', 'index', 'name', 'keys', 'naming', 'formulation', 'symmetric')}
 
     def record(w_z: Tensor) -> Spectrum:
         return Spectrum(**identity, C=channels, C_inner=inner, folded=False,
