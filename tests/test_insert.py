@@ -117,9 +117,9 @@ def test_arguments_reach_the_part():
     assert part.sub_blocks[1].z.weight.any() and part.training
 
 
-@pytest.mark.parametrize('kwargs', [{'dtype': torch.bfloat16}, {'device': 'meta'}, {'in_chans': 1}])
-def test_the_part_is_where_the_model_is(kwargs):
-    model = timm.create_model('test_resnet', **kwargs)
+@pytest.mark.parametrize(('in_chans', 'where'), [(3, torch.bfloat16), (3, 'meta'), (1, 'cpu')])
+def test_the_part_is_where_the_model_is(in_chans, where):
+    model = timm.create_model('test_resnet', in_chans=in_chans).to(where)
     model.layer1.eval()
     insert(model, 'layer2.0')
     assert {(p.device, p.dtype) for p in model.parameters()} == {(model.fc.weight.device, model.fc.weight.dtype)}
