@@ -7,12 +7,12 @@ import torch
 
 from train import campaign, cifar
 from train.data import whole_plan
-from train.evaluate import evaluate
+from train.evaluate import ROUNDING, evaluate
 from train.loop import How
 from train.pack import Pack
 from train.pool import Pool
 from train.runs import Run
-from train.step import Learner, Recipe, autocast, compiled_loss, count_wrong, loss_of
+from train.step import Learner, Recipe, autocast, compiled_loss, count_wrong, logits_of, loss_of
 from training import COMMON, random_images, result, same_course, same_tensors
 
 pytestmark = pytest.mark.gpu
@@ -161,4 +161,8 @@ def test_the_cpu_counts_the_same_images():
     """The error of a network, to the last image."""
     model, images = learners(['preresnet20_nl_proposed_k5'])[0].bare, random_images(600, 32)
     ours = evaluate(model, images.to('cuda'))
+    logits = [logits_of(model.to(device), images.to(device), whole_plan(600).to(device)).cpu()
+              for device in ('cuda', 'cpu')]
+    sizes = logits[1].abs().amax(dim=1, keepdim=True)
+    assert ((logits[0] - logits[1]).abs() / sizes).max() < ROUNDING / 3, 'float32 without TF32'
     assert abs(ours['wrong'] - evaluate(model.cpu(), images)['wrong']) <= ours['ties']
