@@ -52,6 +52,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Small tensors are quicker on one thread than on all, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def _write_batch(folder: Path, name: str, fields: dict) -> str:
     data = pickle.dumps(fields, protocol=2)
     (folder / name).write_bytes(data)

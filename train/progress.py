@@ -2,17 +2,16 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
-
-from train.step import Learner
 
 HEADER = f'{"epoch":>9} {"lr":>8} {"train loss":>10} {"train err %":>11} {"test err %":>10} {"images/s":>9} {"left":>9}'
 
 
 class Bar:
-    """Counts images of the whole run.
+    """Counts images of the whole run. Of runs side by side it shows the mean.
 
     Args:
         total: images of all epochs.
@@ -33,23 +32,26 @@ class Bar:
             tqdm.write(line)
             sys.stdout.flush()
 
-    def advance(self, count: int, learner: Learner, seen: float) -> None:
-        """`seen` images of the epoch are in the learner's meters, which are read twice a second at most."""
+    def advance(self, count: int, read_meters: Callable[[], str]) -> None:
+        """`count` more images; what read_meters gives, which waits for the device, is shown twice a second at most."""
         self.done += count
         if self.bar.disable:
             return
         if time.monotonic() - self.shown > 0.5:
             self.shown = time.monotonic()
-            loss, wrong = learner.loss.item() / seen, learner.wrong.item() / seen
-            self.bar.set_postfix_str(f'loss {loss:.3f}, accuracy {100 - 100 * wrong:.1f} %', refresh=False)
+            self.bar.set_postfix_str(read_meters(), refresh=False)
         self.bar.update(count)
 
-    def epoch(self, row: dict[str, Any], epochs: int) -> None:
-        """One finished epoch, a row of the run's history."""
-        pace = (time.monotonic() - self.started) / max(1, self.done - self.first)
-        self._line(f'{row["epoch"]:>5}/{epochs:<3} {row["lr"]:>8.2g} {row["train_loss"]:>10.4f} '
-                   f'{row["train_error"]:>11.2f} {row["test_error"]:>10.2f} {row["images_per_second"]:>9.0f} '
-                   f'{tqdm.format_interval(pace * (self.total - self.done)):>9}')
+    def epoch(self, rows: list[dict[str, Any]], epochs: int) -> None:
+        """One finished epoch: the new row of every run's history."""
+        if not self.enabled:
+            return
+        first, pace = rows[0], (time.monotonic() - self.started) / max(1, self.done - self.first)
+        loss, train, test = (
+            sum(float('nan') if row[key] is None else row[key] for row in rows) / len(rows)
+            for key in ('train_loss', 'train_error', 'test_error'))
+        self._line(f'{first["epoch"]:>5}/{epochs:<3} {first["lr"]:>8.2g} {loss:>10.4f} {train:>11.2f} {test:>10.2f} '
+                   f'{first["images_per_second"]:>9.0f} {tqdm.format_interval(pace * (self.total - self.done)):>9}')
 
     def __enter__(self) -> 'Bar':
         return self

@@ -1,14 +1,16 @@
-"""The recipe, and one training step of it."""
+"""The recipe, and one training step of it on tensors that stay where they are."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.data import Images, batch
+from train.data import Images, batch, epoch_plan
 
 
 @dataclass(frozen=True)
@@ -27,72 +29,172 @@ class Recipe:
         """The learning rate of an epoch, counted from 0."""
         return self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return {**asdict(self), 'milestones': list(self.milestones)}
 
-class Learner:
-    """One network with its optimizer and the meters of the epoch it is in.
+    @property
+    def id(self) -> str:
+        """'paper', with what differs from it: 'paper lr=0.01'."""
+        return ' '.join(['paper', *(f'{key}={value}' for key, value in self.changes.items())])
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that differ from the paper's."""
+        return {key: value for key, value in self.to_dict().items() if value != PAPER.to_dict()[key]}
+
+
+PAPER = Recipe()
+
+
+def autocast(device: torch.device, mixed_precision: str) -> Callable[[], AbstractContextManager]:
+    """Makes the context that forward and loss run in: bfloat16 where mixed_precision is 'bf16', float32 where 'no'."""
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == 'bf16')
+
+
+def loss_of(model: nn.Module, images: Images, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Crop, flip, forward and loss: the part of a step that `torch.compile` takes.
 
     Args:
-        model: the network on its device, wrapped for data parallelism where there are several processes.
+        columns: int32 (4, b), columns of a plan.
+
+    Returns:
+        The cross-entropy summed over the b images, and how many are wrong: float32 () and int64 ().
+    """
+    x, y = batch(images, columns)
+    logits = model(x)
+    return F.cross_entropy(logits, y, reduction='sum'), (logits.detach().argmax(dim=1) != y).sum()
+
+
+def compiled_loss() -> Callable[[nn.Module, Images, Tensor], tuple[Tensor, Tensor]]:
+    """`loss_of` by `torch.compile`: one compilation for each architecture and batch size, shared by all seeds."""
+    torch._dynamo.reset()  # forget earlier networks
+    torch._dynamo.config.recompile_limit = 64  # architectures times batch sizes; past it torch falls back to eager
+    return torch.compile(loss_of, dynamic=False)
+
+
+class Learner:
+    """One network with its optimizer, its epoch plan and its meters.
+
+    Everything a step reads or writes is a tensor that keeps its address, the learning rate and the position in the
+    plan included, so that a step takes no argument but its size and can be captured once and replayed.
+
+    Args:
+        model: the network on its device, wrapped for data parallelism where processes share it.
         recipe: batch size, learning rates, momentum and weight decay (on every parameter).
-        world: the number of processes; each gives `step` its own share of a batch.
+        images: the training set, on the same device.
+        seed: of the epoch plans.
+        rank, world: of the processes that share the run, each of which takes every world-th image of a batch.
         autocast: makes the context that forward and loss run in.
+        loss_of: `loss_of`, or what `torch.compile` made of it.
     """
 
     def __init__(
             self,
             model: nn.Module,
             recipe: Recipe,
+            images: Images,
+            seed: int = 0,
+            rank: int = 0,
             world: int = 1,
-            autocast: Callable[[], AbstractContextManager] = nullcontext,
+            autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+            loss_of: Callable[[nn.Module, Images, Tensor], tuple[Tensor, Tensor]] = loss_of,
     ):
-        self.model, self.recipe, self.world, self.autocast = model, recipe, world, autocast
-        self.parameters = {name.removeprefix('module.'): p for name, p in model.named_parameters()}
+        self.model, self.recipe, self.images, self.seed = model, recipe, images, seed
+        self.rank, self.world, self.autocast, self.loss_of = rank, world, autocast, loss_of
+        self.bare = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        device = images.labels.device
         self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-        device = next(model.parameters()).device
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)  # summed over the epoch's images
+            self.bare.parameters(), lr=torch.tensor(recipe.lr, device=device), momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay, fused=True)
+        self.parameters = dict(self.bare.named_parameters())
+        for p in self.parameters.values():  # zeros, as if there had been a step: the first one is like every other
+            self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        self.plan = torch.zeros(4, len(images), dtype=torch.int32, device=device)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=device)  # images of the epoch that are done
+        self.offsets = torch.arange(recipe.batch_size, device=device)
+        self.loss = torch.zeros((), device=device)  # summed over the epoch's images
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group['lr'] = lr
+    def epoch_plan(self, epoch: int) -> Tensor:
+        """The plan of an epoch on the CPU, in memory from which a GPU copies without waiting."""
+        plan = epoch_plan(len(self.images), self.seed, epoch)
+        return plan.pin_memory() if self.plan.is_cuda else plan
 
-    def reset_meters(self) -> None:
-        self.loss.zero_()
-        self.wrong.zero_()
+    def seek(self, epoch: int, done: int = 0, plan: Tensor | None = None) -> None:
+        """Goes to an epoch (counted from 0) of which `done` images are done; its plan may be at hand already."""
+        self.plan.copy_(self.epoch_plan(epoch) if plan is None else plan, non_blocking=True)
+        self.cursor.fill_(done)
+        self.optimizer.param_groups[0]['lr'].fill_(self.recipe.lr_at(epoch))
+        if done == 0:
+            self.loss.zero_()
+            self.wrong.zero_()
 
-    def step(self, images: Images, columns: Tensor, count: int) -> None:
-        """One update from this process's columns of the plan, of `count` in the whole batch."""
-        x, y = batch(images, columns)
+    def step(self, size: int) -> None:
+        """One update from the next `size` columns of the plan."""
+        columns = self.plan.index_select(1, self.cursor + self.offsets[:size])[:, self.rank::self.world]
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            logits = self.model(x)
-            loss = F.cross_entropy(logits, y, reduction='sum')
-        (loss * (self.world / count)).backward()  # averaged over processes: the mean over the whole batch
+            loss, wrong = self.loss_of(self.model, self.images, columns)
+        (loss * (self.world / size)).backward()  # averaged over processes: the mean over the whole batch
         self.optimizer.step()
         self.loss += loss.detach()
-        self.wrong += (logits.detach().argmax(dim=1) != y).sum()
+        self.wrong += wrong
+        self.cursor += size
 
-    def momentum(self) -> dict[str, Tensor]:
-        """The optimizer's memory by parameter name; empty before the first step."""
-        return {name: self.optimizer.state[p]['momentum_buffer']
-                for name, p in self.parameters.items() if p in self.optimizer.state}
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that a step changes, by name; with the position it is all that a run needs to go on."""
+        return {
+            **{f'model.{name}': tensor for name, tensor in self.bare.state_dict().items()},
+            **{f'momentum.{name}': self.optimizer.state[p]['momentum_buffer'] for name, p in self.parameters.items()},
+            'meter.loss': self.loss, 'meter.wrong': self.wrong,
+        }
 
-    def load_momentum(self, momentum: dict[str, Tensor]) -> None:
-        for name, tensor in momentum.items():
-            p = self.parameters[name]
-            self.optimizer.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(tensor)
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Copies a state into the tensors that are there.
+
+        Raises:
+            ValueError: names or shapes are not those of this network.
+        """
+        own = self.state()
+        odd = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+        if odd:
+            raise ValueError(f'{len(odd)} of its tensors do not fit the network, such as {odd[0]}')
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Float32 convolutions and products without TF32, whatever the training uses."""
+    if device.type != 'cuda':
+        yield
+        return
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()
-def count_wrong(model: nn.Module, images: Images, columns: Tensor, batch_size: int = 500) -> Tensor:
-    """How many of the images that columns name (int32 (4, n)) the model gets wrong, in float32: int64 ()."""
-    training = model.training
+def logits_of(model: nn.Module, images: Images, columns: Tensor) -> Tensor:
+    """Float32 logits (n, classes) of the images that columns name (int32 (4, n)), with the running statistics.
+
+    The images go through in parts of one size, so that a result does not depend on any batch size chosen elsewhere.
+    """
+    training, device = model.training, columns.device
     model.eval()
-    wrong = torch.zeros((), dtype=torch.int64, device=columns.device)
-    for part in columns.split(batch_size, dim=1):
-        x, y = batch(images, part)
-        logits = model.forward_head(model.forward_features(x))  # not forward(), which accelerate wraps in autocast
-        wrong += (logits.argmax(dim=1) != y).sum()
+    with exact_float32(device):
+        logits = [model(batch(images, part)[0]) for part in columns.split(500 if device.type == 'cuda' else 100, dim=1)]
     model.train(training)
-    return wrong
+    return torch.cat(logits)
+
+
+def count_wrong(model: nn.Module, images: Images, columns: Tensor) -> Tensor:
+    """How many of the images that columns name the model gets wrong: int64 ()."""
+    return (logits_of(model, images, columns).argmax(dim=1) != images.labels[columns[0].long()]).sum()

@@ -1,0 +1,109 @@
+"""What the figures of training steps are held against, and how they are shown: a table, and a part of BENCHMARKS.md."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.runs import ROOT
+from train.state import write
+
+KEPT, REPORT = ROOT / 'benchmarks' / 'train.json', ROOT / 'BENCHMARKS.md'
+BEGIN, END = '<!-- training: made by `python -m benchmarks.train` -->', '<!-- /training -->'
+
+
+@dataclass(frozen=True)
+class Target:
+    """Milliseconds a step, batch 128, one seed.
+
+    Attributes:
+        floor: the bytes that must move once at 3 TB/s (16-bit activations, batch norm and residuals fused into the
+            convolutions), or the exponentials and matrix products of the affinity, whichever is longer.
+        goal: what the code is to reach.
+    """
+
+    floor: float
+    goal: float
+
+
+TARGETS = {
+    'preresnet20': Target(0.37, 0.84),
+    'preresnet20_nl_proposed_k5': Target(1.2, 2.0),
+    'preresnet56': Target(0.9, 2.2),
+    'preresnet56_nl_proposed_k5': Target(1.7, 3.5),
+}
+FIVE_SEEDS = 4.0  # five seeds of preresnet20 take at most so many times one
+
+
+def table(record: dict[str, Any]) -> str:
+    """A line a case, with the ratio to the floor and, for several seeds, to one seed."""
+    alone = {(row['model'], row['mode']): row['ms'] for row in record['steps'] if row['seeds'] == 1}
+    lines = [f'{"network":<28} {"mode":<22} {"seeds":>5} {"ms a step":>9} {"× floor":>7} {"× one":>6} {"images/s":>9}']
+    for row in record['steps']:
+        target = TARGETS.get(row['model']) if record['versions']['cuda'] else None
+        ratio = f'{row["ms"] / target.floor:.2f}' if target and row['seeds'] == 1 else '-'
+        one = alone.get((row['model'], row['mode']))
+        more = f'{row["ms"] / one:.2f}' if one and row['seeds'] > 1 else '-'
+        lines.append(f'{row["model"]:<28} {row["mode"]:<22} {row["seeds"]:>5} {row["ms"]:>9.3f} {ratio:>7} {more:>6} '
+                     f'{row["images_per_second"]:>9.0f}')
+    for row in record['epochs']:
+        lines.append(f'{row["model"]}: an epoch takes {row["wall_seconds"]:.3f} s, steps and test {row["share"]:.0%}')
+    for row in record['kernels']:
+        lines.append(f'{row["model"]}: {row["kernels_per_step"]:.0f} kernels a step, busy {row["busy"]:.0%}; longest:')
+        lines += [f'  {kernel["us_per_step"]:8.1f} us in {kernel["per_step"]:5.1f}  {kernel["name"][:80]}'
+                  for kernel in row['longest']]
+    lines += [f'{name}: {value:.0f}' for name, value in record['ceilings'].items()]
+    return '\n'.join([*lines, *(f'failed: {line}' for line in record['failed'])])
+
+
+def report(kept: dict[str, Any]) -> str:
+    """The part of BENCHMARKS.md about training: targets first, then every device's figures."""
+    gpus = {device: record for device, record in kept.items() if record['versions']['cuda']}
+    lines = [
+        '## Training', '',
+        'One step of batch 128 in milliseconds of device time (crop, flip, forward, backward, update and meters), the '
+        'fastest way that was measured. The floor counts the bytes that must move, or the arithmetic of the affinity, '
+        'whichever takes longer.', '',
+        '| network | seeds | floor | goal | measured | × floor | mode | device |', '| --- ' * 8 + '|']
+    for model, target in TARGETS.items():
+        lines += [_goal(model, 1, f'{target.floor}', f'{target.goal}', gpus)]
+        if model == 'preresnet20':
+            lines += [_goal(model, 5, '-', f'{FIVE_SEEDS:g} × one seed', gpus)]
+    shares = [(row['model'], device, f'{100 * row["share"]:.0f} %')
+              for device, record in gpus.items() for row in record['epochs']]
+    shown = '; '.join(f'{model} {share} ({device})' for model, device, share in shares) or 'missing'
+    lines += ['', f'Share of the wall time of an epoch that steps and test take (goal: over 90 %): {shown}.']
+    for device, record in kept.items():
+        versions = record['versions']
+        lines += ['', f'### {device}', '', f'torch {versions["torch"]}, commit {record["commit"]}.', '',
+                  '```', table(record), '```']
+    return '\n'.join(lines)
+
+
+def _goal(model: str, seeds: int, floor: str, goal: str, gpus: dict[str, Any]) -> str:
+    rows = [(row, device) for device, record in gpus.items() for row in record['steps']
+            if (row['model'], row['seeds']) == (model, seeds)]
+    if not rows:
+        return f'| {model} | {seeds} | {floor} | {goal} | missing | missing | | |'
+    row, device = min(rows, key=lambda found: found[0]['ms'])
+    ratio = f'{row["ms"] / TARGETS[model].floor:.2f}' if seeds == 1 else '-'
+    return f'| {model} | {seeds} | {floor} | {goal} | {row["ms"]:.3f} | {ratio} | {row["mode"]} | {device} |'
+
+
+def put(text: str, part: str) -> str:
+    """A document with the part between the markers replaced, or added at the end where there is none yet."""
+    block = f'{BEGIN}\n{part}\n{END}'
+    if BEGIN not in text:
+        return f'{text.rstrip()}\n\n{block}\n'.lstrip()
+    return f'{text[:text.index(BEGIN)]}{block}{text[text.index(END) + len(END):]}'
+
+
+def render(files: Sequence[Path]) -> None:
+    """Merges files into what is kept, a device's newer record for its older one, and writes BENCHMARKS.md."""
+    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    for path in files:
+        kept |= json.loads(path.read_text())
+    write(KEPT, lambda path: path.write_text(json.dumps(kept, indent=1) + '\n'))
+    text = REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n'
+    write(REPORT, lambda path: path.write_text(put(text, report(kept))))

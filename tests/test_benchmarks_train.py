@@ -1,0 +1,78 @@
+"""The benchmark of training steps: its small version on the CPU, and the report that is made of what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import train as benchmark
+from benchmarks import train_report
+
+GPU = {'device': 'GPU X', 'versions': {'torch': '2.11', 'cuda': '13.0'}, 'commit': 'abc', 'ceilings': {}, 'failed': []}
+
+
+def row(model='preresnet20', mode='graph bf16', seeds=1, ms=0.74):
+    return {'model': model, 'mode': mode, 'seeds': seeds, 'ms': ms, 'images_per_second': 128 * seeds / ms * 1000}
+
+
+@pytest.mark.usefixtures('one_thread')
+def test_the_small_version(tmp_path, capsys):
+    assert benchmark.main(['--output', str(tmp_path / 'found.json')]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in out[1:3]] == [['preresnet20', 'eager', 'float32', seeds] for seeds in '12']
+    assert 'an epoch takes' in out[3] and len(out) == 4
+    (device, record), = json.loads((tmp_path / 'found.json').read_text()).items()
+    assert device.startswith('cpu') and record['versions']['torch'] == torch.__version__ and record['failed'] == []
+    for found in record['steps']:
+        assert found['images_per_second'] == pytest.approx(1000 * found['seeds'] * 16 / found['ms'])
+
+
+def test_every_way_to_step_is_measured_once_on_a_gpu():
+    cases = benchmark.cases(torch.device('cuda'))
+    assert len(set(cases)) == len(cases)
+    assert {(case.mode, case.seeds) for case in cases if case.model == 'preresnet20'} == {
+        ('eager float32', 1), ('eager bf16', 1), ('graph bf16', 1), ('compile + graph bf16', 1), ('graph bf16', 3),
+        ('graph bf16', 5), ('compile + graph bf16', 3), ('compile + graph bf16', 5)}
+    assert {case.model for case in cases} == train_report.TARGETS.keys()
+
+
+def test_a_case_that_fails_and_the_end_of_time_cost_nothing_else(tmp_path, monkeypatch, capsys):
+    def measure(case, *arguments):
+        if case.seeds == 1:
+            raise RuntimeError('no kernel')
+        return row(mode=case.mode, seeds=case.seeds)
+
+    monkeypatch.setattr(benchmark, 'measure', measure)
+    monkeypatch.setattr(benchmark, 'epoch', measure)
+    record = benchmark.run(tmp_path / 'found.json', 8)
+    assert len(record['steps']) == 1 and len(record['failed']) == 2 and 'RuntimeError: no kernel' in record['failed'][0]
+    assert benchmark.run(tmp_path / 'found.json', 0)['steps'] == []
+    assert 'out of time: steps of' in capsys.readouterr().out
+
+
+def test_the_report_holds_figures_against_floors_and_goals():
+    steps = [row(), row(mode='compile + graph bf16', ms=0.5), row(seeds=5, ms=1.85), row('preresnet56', ms=1.8)]
+    epochs = [{'model': 'preresnet20', 'wall_seconds': 0.35, 'share': 0.94}]
+    kernels = [{'model': 'preresnet20', 'kernels_per_step': 300.0, 'busy': 0.97,
+                'longest': [{'name': 'wgrad', 'us_per_step': 50.0, 'per_step': 10.0}]}]
+    record = {**GPU, 'steps': steps, 'epochs': epochs, 'kernels': kernels}
+    lines = train_report.report({'GPU X': record}).splitlines()
+    assert '| preresnet20 | 1 | 0.37 | 0.84 | 0.500 | 1.35 | compile + graph bf16 | GPU X |' in lines
+    assert '| preresnet20 | 5 | - | 4 × one seed | 1.850 | - | graph bf16 | GPU X |' in lines
+    assert '| preresnet56_nl_proposed_k5 | 1 | 1.7 | 3.5 | missing | missing | | |' in lines
+    assert any(line.endswith('preresnet20 94 % (GPU X).') for line in lines)
+    table = train_report.table(record).splitlines()
+    assert table[1].split()[-4:] == ['0.740', '2.00', '-', '172973']
+    assert table[3].split()[-4:-1] == ['1.850', '-', '2.50']
+
+
+def test_a_document_keeps_what_is_around_the_report():
+    once = train_report.put('# Benchmarks\n\n## Other\n\ntext\n', 'ours')
+    assert once.startswith('# Benchmarks\n\n## Other\n\ntext\n') and once.count('ours') == 1
+    twice = train_report.put(once + '\n## Later\n', 'new')
+    assert 'ours' not in twice and twice.endswith('\n## Later\n') and train_report.put(twice, 'new') == twice
+
+
+def test_benchmarks_md_is_what_the_figures_make_it():
+    kept = json.loads(train_report.KEPT.read_text())
+    assert train_report.put(text := train_report.REPORT.read_text(), train_report.report(kept)) == text

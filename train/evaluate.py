@@ -1,0 +1,161 @@
+"""The test error of checkpoints: of registered names with weights, run folders and safetensors files.
+
+    python -m train.evaluate NAME… --data-dir DIR
+
+The images are preprocessed as in training (the mean image subtracted), in float32 without TF32, in parts of one size.
+Beside it stands the error under timm's preprocessing, which subtracts the mean colour and is what most users apply.
+
+Where a line of results.jsonl is about these very weights (the folder's own, or hub/results.jsonl's, by sha256), the
+count of wrong images is compared with the recorded one. Two devices add in different orders, so that an image may
+change sides only where its two highest logits are equal to within rounding, 1e-4 of the largest logit. `ties` counts
+those images, and two counts are equal to the last image if they differ by no more than that.
+
+Exit codes: 0 done; 1 a count is not equal to the recorded one; 2 the arguments or the data are off; 3 a target cannot
+be found or read.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import split_model_name_tag
+from torch import nn
+
+from timm_nonlocal.checkpoint import CheckpointError, near_names
+from train import run_dir
+from train.data import DataError, Images, frame, load, whole_plan
+from train.runs import CLASSES, ROOT
+from train.state import RunError
+from train.step import logits_of
+
+ROUNDING = 1e-4
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog='python -m train.evaluate', description=__doc__.split('\n\n')[0], allow_abbrev=False)
+    parser.add_argument('targets', nargs='+', metavar='NAME',
+                        help='a registered name with weights, a folder with model.safetensors, or a .safetensors file')
+    parser.add_argument('--data-dir', default='data', help='where torchvision keeps the data sets')
+    parser.add_argument('--results', default=str(ROOT / 'hub' / 'results.jsonl'), metavar='FILE',
+                        help='where recorded errors are looked up (default: hub/results.jsonl)')
+    parser.add_argument('--limit', type=int, default=0, metavar='N', help='use the first N images of each split only')
+    parser.add_argument('--json', action='store_true', help='print JSON in place of the table')
+    return parser.parse_args(argv)
+
+
+def open_target(target: str) -> nn.Module:
+    """The network of a target with its weights, as timm makes it.
+
+    Raises:
+        CheckpointError: it cannot be found or read, or nothing says what network it is of.
+    """
+    path = Path(target)
+    if path.is_file() and path.name == run_dir.MODEL:
+        path = path.parent
+    options = {}
+    if path.is_dir():
+        name = f'local-dir:{path}'
+    elif path.is_file():
+        name, options = path.stem, {'pretrained_cfg_overlay': {'file': str(path)}}
+    else:
+        name = target
+    architecture = split_model_name_tag(name)[0]
+    if not path.is_dir() and not timm.is_model(architecture):
+        raise CheckpointError(
+            f'{target}: name it ARCHITECTURE.DATASET.safetensors, or put it into a folder with its config.json'
+            if path.is_file() else f'{target}: no such file, folder or registered name.{near_names(architecture)}')
+    if not path.exists() and not timm.is_model_pretrained(name):
+        raise CheckpointError(f'{target} is registered, but has no weights here: name a folder or a file')
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except (RuntimeError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f'{target} cannot be read: {str(error).strip().splitlines()[-1].strip()}') from error
+
+
+def recorded(target: str, model: nn.Module, published: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The line of results about these very weights: of the target's folder, else of the published ones."""
+    own = run_dir.read_results(Path(target) / run_dir.RESULTS) if Path(target).is_dir() else []
+    digest = run_dir.sha256({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    return next((line for line in [*own, *published] if line.get('sha256') == digest), None)
+
+
+def mean_colour(images: Images, colour: tuple[float, ...]) -> Images:
+    """The same images with one mean a channel in place of the mean image."""
+    inside = frame(torch.ones(*images.pixels.shape[1:], device=images.mean.device)[8:, 8:])
+    return replace(images, mean=inside * torch.tensor(colour, device=images.mean.device))
+
+
+def evaluate(model: nn.Module, images: Images) -> dict[str, Any]:
+    """Wrong images, ties among them and error in %, and the error under timm's preprocessing, on the images' device."""
+    colour = model.pretrained_cfg['mean']
+    model.to(images.labels.device, memory_format=torch.channels_last)
+    columns = whole_plan(len(images)).to(images.labels.device)
+    logits = logits_of(model, images, columns)
+    highest = logits.topk(2, dim=1).values
+    ties = highest[:, 0] - highest[:, 1] <= ROUNDING * logits.abs().amax(dim=1)
+    wrong, wrong_timm = (int((found.argmax(dim=1) != images.labels).sum())
+                         for found in (logits, logits_of(model, mean_colour(images, colour), columns)))
+    return {'images': len(images), 'wrong': wrong, 'ties': int(ties.sum()), 'error': 100 * wrong / len(images),
+            'error_timm': 100 * wrong_timm / len(images)}
+
+
+def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """A row a target that could be read, and the exit code."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    published, data, found, code = run_dir.read_results(Path(args.results)), {}, [], 0
+    for target in args.targets:
+        try:
+            model = open_target(target)
+            dataset = next((name for name, classes in CLASSES.items() if classes == model.num_classes), None)
+            if dataset is None:
+                raise CheckpointError(f'{target} has {model.num_classes} classes: neither CIFAR-10 nor CIFAR-100')
+        except CheckpointError as error:
+            print(f'error: {error}', file=sys.stderr)
+            code = 3
+            continue
+        if dataset not in data:
+            data[dataset] = load(dataset, args.data_dir, limit=args.limit)[1].to(device)
+        line = recorded(target, model, published)
+        row = {'target': target, 'dataset': dataset, **evaluate(model, data[dataset])}
+        if line and line.get('images', [0, 0])[1] == row['images']:
+            equal = abs(row['wrong'] - line['final_wrong']) <= row['ties']
+            row |= {'recorded_wrong': line['final_wrong'], 'equal': equal}
+            code = code or int(not equal)
+        found.append(row)
+    return found, code
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    width = max(len(row['target']) for row in found)
+    lines = [f'{"target":<{width}} {"data":<8} {"images":>6} {"wrong":>6} {"ties":>4} {"error %":>7} '
+             f'{"timm error %":>12} {"recorded":>8}']
+    for row in found:
+        record = f'{row["recorded_wrong"]:>8} {"equal" if row["equal"] else "NOT EQUAL"}' if 'equal' in row else '-'
+        lines.append(f'{row["target"]:<{width}} {row["dataset"]:<8} {row["images"]:>6} {row["wrong"]:>6} '
+                     f'{row["ties"]:>4} {row["error"]:>7.2f} {row["error_timm"]:>12.2f} {record:>8}')
+    return '\n'.join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        found, code = rows(args)
+    except (DataError, RunError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(found, indent=2))
+    elif found:
+        print(table(found))
+    return code
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""The epochs of one run or of several side by side, from any position to the end or to a cut."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timm_nonlocal.spectrum import spectra
+from train.data import Images, whole_plan
+from train.pool import Pool
+from train.processes import Processes
+from train.progress import Bar
+from train.runs import Run, describe_result, surroundings
+from train.state import RunError
+from train.step import Learner, autocast, compiled_loss, count_wrong, loss_of
+from train.stop import Stop
+
+ASK = 32  # steps between two agreements of several processes
+
+
+@dataclass(frozen=True)
+class How:
+    """How runs are computed. None of it changes a result beyond rounding.
+
+    Attributes:
+        graph: on a GPU, in one process: capture the step in a CUDA graph.
+        deterministic: on a GPU: the same bits every time, at some cost.
+        sync_bn: batch statistics over all processes that share a run.
+    """
+
+    graph: bool = True
+    deterministic: bool = False
+    sync_bn: bool = False
+
+    def prepare(self, device: torch.device) -> None:
+        """Sets what libraries must know before they are first used."""
+        if device.type != 'cuda':
+            return
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # the same bits also with several streams
+        torch.backends.cudnn.benchmark = not self.deterministic
+        torch.backends.cudnn.deterministic = self.deterministic
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
+
+class Trainer:
+    """Runs that share data, batch size and number of epochs, and go through every step together.
+
+    Args:
+        runs: one, or several side by side.
+        train_set, test_set: on the device to train on.
+        how: how they are computed.
+        processes: those that share the run.
+        spectra_epochs: after these epochs (counted from 1) the spectra of the nonlocal parts are kept.
+
+    Raises:
+        ValueError: the runs do not fit together, or a name or argument in them does not fit.
+    """
+
+    def __init__(self, runs: Sequence[Run], train_set: Images, test_set: Images, how: How = How(),
+                 processes: Processes | None = None, spectra_epochs: Sequence[int] = ()):
+        self.runs, self.train_set, self.test_set, self.how = list(runs), train_set, test_set, how
+        self.processes, self.spectra_epochs = processes or Processes(), set(spectra_epochs)
+        self.epochs, self.batch_size = runs[0].recipe.epochs, runs[0].recipe.batch_size
+        self.device = train_set.labels.device
+        if len({(run.dataset, run.limit, run.recipe.epochs, run.compile) for run in runs}) > 1:
+            raise ValueError('runs side by side need the same data set, limit, number of epochs and compile')
+        rank, world = self.processes.rank, self.processes.world
+        smallest = len(train_set) % self.batch_size or self.batch_size
+        if smallest < 2 * world:
+            raise ValueError(f'the last batch of an epoch has {smallest} images for {world} processes: '
+                             f'each needs 2 or more; change --batch-size or --limit')
+        loss = compiled_loss() if runs[0].compile else loss_of
+        learners = []
+        for run in runs:
+            model = run.build().to(self.device, memory_format=torch.channels_last)
+            learners.append(Learner(self.processes.wrap(model, how.sync_bn), run.recipe, train_set, run.seed, rank,
+                                    world, autocast(self.device, run.mixed_precision), loss))
+        self.learners = learners
+        self.pool = Pool.on(self.device, learners, graph=how.graph and world == 1)
+        self.test_columns = whole_plan(len(test_set)).to(self.device)[:, rank::world]
+        self.progress = {
+            'epoch': 0, 'images': 0, 'seconds': 0.0, 'data': [len(train_set), len(test_set)],
+            'runs': [{'run': run.to_dict(), 'history': [], 'spectra': []} for run in runs],
+        }
+
+    # What a run continues from
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Every tensor that training changes, `<number of the run>.<name>`, and the progress."""
+        tensors = {f'{index}.{name}': tensor
+                   for index, learner in enumerate(self.learners) for name, tensor in learner.state().items()}
+        for name in [name for name in tensors if '.meter.' in name]:  # summed over the processes
+            tensors[name] = self.processes.sum(tensors[name].clone())
+        return tensors, self.progress
+
+    def restore(self, tensors: dict[str, Tensor], progress: dict[str, Any], source: str) -> None:
+        """Goes on from a state that was saved.
+
+        Raises:
+            RunError: it is that of other runs, another number of images or other networks; `source` names it.
+        """
+        check_same_runs(self.runs, progress, source)
+        if progress['data'] != self.progress['data']:
+            raise RunError(f'{source} was trained on {progress["data"][0]} images and tested on {progress["data"][1]}, '
+                           f'not {len(self.train_set)} and {len(self.test_set)}: check --data-dir')
+        for index, learner in enumerate(self.learners):
+            prefix = f'{index}.'
+            try:
+                learner.load_state({name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                                    if name.startswith(prefix)})
+            except ValueError as error:
+                raise RunError(f'{source} does not fit {self.runs[index].architecture}: {error}') from error
+            if not self.processes.first:  # the first process has the sum
+                learner.loss.zero_()
+                learner.wrong.zero_()
+        self.progress = progress
+
+    # The epochs
+
+    def run(self, stop: Stop, save: Callable[[dict[str, Tensor], dict[str, Any]], None], save_seconds: float = 60.0,
+            bar: Bar | None = None, on_epoch: Callable[[list[dict[str, Any] | None]], None] | None = None) -> bool:
+        """Trains to the end, or to where there is a reason to stop; the state is saved either way.
+
+        Args:
+            save: takes a state; called in the first process only.
+            save_seconds: how often.
+            on_epoch: takes the new row of every run's history, None for a run that ended earlier.
+
+        Returns:
+            Whether the end was reached.
+        """
+        progress, count = self.progress, len(self.train_set)
+        bar = bar or Bar(0, 0, enabled=False)
+        self.started = time.monotonic() - progress['seconds']
+        self.saved, self.save = time.monotonic(), save
+        plans = None
+        while progress['epoch'] < self.epochs and not self.all_diverged:
+            epoch, first, since = progress['epoch'], progress['images'], time.monotonic()
+            for index, learner in enumerate(self.learners):
+                learner.seek(epoch, first, plans[index] if plans else None)
+            while progress['images'] < count:
+                size = min(self.batch_size, count - progress['images'])
+                self.pool.step(size)
+                progress['images'] += size
+                bar.advance(size, self._meters)
+                if not self._go_on(stop, save_seconds, progress['images'] == count):
+                    return False
+            wrong = []
+            for learner in self.learners:
+                self.processes.take_firsts_buffers(learner.bare)
+                wrong.append(count_wrong(learner.bare, self.test_set, self.test_columns))
+            plans = [learner.epoch_plan(epoch + 1) for learner in self.learners]  # while the device is busy
+            sums = self.processes.sum(torch.stack(
+                [torch.stack([learner.loss.double(), learner.wrong.double(), test.double()])
+                 for learner, test in zip(self.learners, wrong, strict=True)])).tolist()  # waits for the device
+            rows = self._note(epoch, sums, time.monotonic() - since, count - first)
+            progress['epoch'], progress['images'] = epoch + 1, 0
+            bar.epoch([row for row in rows if row], self.epochs)
+            if on_epoch:
+                on_epoch(rows)
+        self._save()
+        return True
+
+    def _meters(self) -> str:
+        seen = len(self.learners) * self.progress['images'] / self.processes.world
+        loss, wrong = (sum(meter.item() for meter in meters) / seen
+                       for meters in zip(*((learner.loss, learner.wrong) for learner in self.learners), strict=True))
+        return f'loss {loss:.3f}, accuracy {100 - 100 * wrong:.1f} %'
+
+    def _go_on(self, stop: Stop, save_seconds: float, epoch_ends: bool) -> bool:
+        """Saves where it is time to, and says whether to go on."""
+        now = time.monotonic()
+        wish = 2 if stop.reason else int(now - self.saved > save_seconds)
+        if self.processes.world > 1:
+            if not (epoch_ends or self.progress['images'] // self.batch_size % ASK == 0):
+                return True
+            wish = self.processes.highest(wish, self.device)
+        if wish:
+            self._save()
+        return wish < 2
+
+    def _save(self) -> None:
+        self.saved = time.monotonic()
+        self.progress['seconds'] = self.saved - self.started
+        tensors, progress = self.state()
+        if self.processes.first:
+            self.save(tensors, progress)
+
+    @property
+    def all_diverged(self) -> bool:
+        """Whether no run can go on: a loss that is not finite leaves weights that never become finite again."""
+        return all(state['history'] and state['history'][-1]['train_loss'] is None for state in self.progress['runs'])
+
+    def _note(self, epoch: int, sums: list[list[float]], seconds: float, images: int) -> list[dict[str, Any] | None]:
+        """Adds an epoch to the histories; sums are the training loss, training and test images that are wrong."""
+        rows: list[dict[str, Any] | None] = []
+        train_count, test_count = self.progress['data']
+        for run, learner, state, (loss, wrong, test) in zip(
+                self.runs, self.learners, self.progress['runs'], sums, strict=True):
+            if state['history'] and state['history'][-1]['train_loss'] is None:
+                rows.append(None)
+                continue
+            rows.append({
+                'epoch': epoch + 1, 'lr': run.recipe.lr_at(epoch),
+                'train_loss': loss / train_count if math.isfinite(loss) else None,
+                'train_error': 100 * wrong / train_count, 'test_error': 100 * test / test_count,
+                'test_wrong': round(test), 'images_per_second': images / seconds, 'seconds': seconds,
+            })
+            state['history'].append(rows[-1])
+            if epoch + 1 in self.spectra_epochs and math.isfinite(loss) and (blocks := spectra_of(learner)):
+                state['spectra'].append({'epoch': epoch + 1, 'blocks': blocks})
+        return rows
+
+    # What is left of them
+
+    def results(self, **more: Any) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """For every finished run its line of results (without the weights' sha256) and its weights on the CPU."""
+        where = surroundings(self.device)
+        return [(describe_result(run, state['history'], self.progress['data'], spectra=state['spectra'],
+                                 seconds=self.progress['seconds'], at_once=len(self.runs), **asdict(self.how),
+                                 **where, **more),
+                 {name: tensor.cpu().contiguous() for name, tensor in learner.bare.state_dict().items()})
+                for run, learner, state in zip(self.runs, self.learners, self.progress['runs'], strict=True)]
+
+
+def check_same_runs(runs: Sequence[Run], progress: dict[str, Any], source: str) -> None:
+    """Raises RunError if a saved progress is not that of these runs."""
+    saved = [state['run'] for state in progress['runs']]
+    if len(saved) != len(runs):
+        raise RunError(f'{source} holds another run (it has {len(saved)} side by side, not {len(runs)}): '
+                       f'name another --output-dir')
+    for run, was in zip((run.to_dict() for run in runs), saved, strict=True):
+        other = [f'its {key} is {was.get(key)}, not {run[key]}' for key in run if was.get(key) != run[key]]
+        if other:
+            raise RunError(f'{source} holds another run ({"; ".join(other)}): name another --output-dir')
+
+
+def spectra_of(learner: Learner) -> list[dict[str, Any]]:
+    """The eigenvalues of a network's nonlocal parts by magnitude, largest first, with six digits."""
+    state_dict = {name: tensor.cpu() for name, tensor in learner.bare.state_dict().items()}
+    return [{'stage': block.stage, 'index': block.index,
+             'eigenvalues': [float(f'{value:.6g}') for value in block.eigenvalues]} for block in spectra(state_dict)]

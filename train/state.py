@@ -1,0 +1,106 @@
+"""What a run continues from: tensors and progress in one file, its content checked, the one before it kept beside it.
+
+    NAME.safetensors            the last save
+    NAME.previous.safetensors   the save before it, used where the last one cannot be read
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+
+class RunError(Exception):
+    """A run's files do not hold or take what was asked of them; the message says what would work."""
+
+
+def write(path: Path, fill: Callable[[Path], None], keep: bool = False) -> None:
+    """Lets `fill` write a file beside path, brings it to disk and renames it.
+
+    Args:
+        keep: what was at path stays as `previous(path)`.
+
+    Raises:
+        RunError: the disk is full, or the file cannot be written for another reason; path is as it was.
+    """
+    beside = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fill(beside)
+        with open(beside, 'rb') as file:
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, previous(path))
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise RunError(f'{path} cannot be written ({reason}): what was saved before is unharmed; make room and '
+                       f'run the same command again') from error
+    finally:
+        try:
+            beside.unlink(missing_ok=True)
+        except OSError:
+            pass  # the reason why it could not be written is the better message
+
+
+def previous(path: Path) -> Path:
+    return path.with_suffix(f'.previous{path.suffix}')
+
+
+def exists(path: Path) -> bool:
+    return path.exists() or previous(path).exists()
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
+    """Saves tensors (of any device) and progress (anything JSON); the last save becomes the one before it.
+
+    Raises:
+        RunError: it cannot be written; the last save is as it was.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {'progress': json.dumps(progress), 'sha256': _digest(tensors.items())}
+    write(path, lambda beside: beside.write_bytes(to_bytes(tensors, metadata)), keep=True)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, 'pt') as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    if metadata['sha256'] != _digest(tensors.items()):
+        raise ValueError('its content does not match its checksum')
+    return tensors, json.loads(metadata['progress'])
+
+
+def load(path: Path, tell: Callable[[str], None] = print) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save` saved last, or the time before where that is missing or damaged, which `tell` is told.
+
+    Raises:
+        RunError: neither can be read.
+    """
+    damage = []
+    for candidate in (path, previous(path)):
+        try:
+            state = _read(candidate)
+        except FileNotFoundError:
+            continue
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            damage.append(f'{candidate} cannot be resumed from ({error})')
+            continue
+        if damage:
+            tell(f'{damage[0]}: going on from the state before it')
+        return state
+    raise RunError(f'{"; ".join(damage) or f"{path} is missing"}: delete it to start again')

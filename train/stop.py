@@ -1,0 +1,42 @@
+"""When to stop before the end: a signal, or a deadline."""
+
+import signal
+import time
+
+
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM, and a deadline, into a reason that is read between steps.
+
+    A second Ctrl-C stops at once. Outside its `with` block the signals mean what they meant.
+
+    Args:
+        max_minutes: after this long there is a reason to stop; 0 sets no deadline. What is left of the time is for
+            saving: a twentieth of it, 10 seconds at most.
+        since: `time.monotonic()` when the time began.
+    """
+
+    def __init__(self, max_minutes: float = 0.0, since: float | None = None):
+        seconds = 60 * max_minutes
+        self.deadline = (time.monotonic() if since is None else since) + seconds - min(10.0, seconds / 20)
+        self.limited, self.signalled = max_minutes > 0, False
+
+    @property
+    def reason(self) -> str:
+        """'signal', 'time' or ''."""
+        return 'signal' if self.signalled else 'time' if self.seconds_left <= 0 else ''
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic() if self.limited else float('inf')
+
+    def _ask(self, number, frame) -> None:
+        self.signalled = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __enter__(self) -> 'Stop':
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
