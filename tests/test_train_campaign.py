@@ -170,7 +170,7 @@ def test_unreadable_states_start_again_and_other_options_are_refused(go, tmp_pat
     data[-1] ^= 1
     state.write_bytes(data)
     code, said = go(tmp_path / 'a', '--seeds', '1')
-    assert code == 0 and 'does not match its checksum): delete it to start again; it starts again' in said.out
+    assert code == 0 and 'does not match its checksum): its runs start again' in said.out
     assert '1 of 1 runs done' in said.out
 
 

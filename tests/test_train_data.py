@@ -1,11 +1,17 @@
 """The epoch plan and the batches against a loop that pads, crops and flips image by image."""
 
+import hashlib
+import json
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
-from conftest import run
-from train.data import PAD, Images, batch, epoch_plan, frame, load, whole_plan
+from conftest import make_cifar10
+from small_data import accepted
+from train.data import PAD, DataError, Images, batch, epoch_plan, frame, load, whole_plan
 
 
 def small(count=40, height=32, width=32):
@@ -47,21 +53,29 @@ def test_the_plan_is_a_function_of_seed_and_epoch():
         assert len(counts) == values and counts.min() > 0.6 * 1000 / values
 
 
-DUMP = '''
-import sys, torch
-from train.data import load
-train, test = load('cifar10', sys.argv[1], limit=int(sys.argv[2]))
-print(len(train), len(test), train.num_classes, tuple(train.pixels.shape), tuple(test.pixels.shape))
-inner = train.mean[4:-4, 4:-4]
-print(torch.equal(inner, (train.pixels[:, 4:-4, 4:-4].double().mean(0) / 255).float()), bool(train.mean[:4].any()))
-'''
+def test_load(small_cifar_here):
+    train, test = load('cifar10', small_cifar_here)
+    assert (len(train), len(test), train.num_classes) == (120, 20, 10)
+    assert train.pixels.shape == (120, 40, 40, 3) and test.pixels.shape == (20, 40, 40, 3)
+    assert torch.equal(train.mean[4:-4, 4:-4], (train.pixels[:, 4:-4, 4:-4].double().mean(0) / 255).float())
+    assert not train.mean[:4].any() and torch.equal(train.mean, test.mean)
+    train, test = load('cifar10', small_cifar_here, limit=7)
+    assert (len(train), len(test)) == (7, 7)
 
 
-def test_load(small_cifar):
-    result = run('-c', DUMP, str(small_cifar), '0', data=small_cifar)
-    assert result.stdout.splitlines() == ['120 20 10 (120, 40, 40, 3) (20, 40, 40, 3)', 'True False'], result.stderr
-    result = run('-c', DUMP, str(small_cifar), '7', data=small_cifar)
-    assert result.stdout.startswith('7 7 10'), result.stderr
+def test_labels_for_other_images_are_refused(tmp_path, monkeypatch):
+    """Files that are what their sums say, but do not fit each other."""
+    make_cifar10(tmp_path)
+    batch = tmp_path / 'cifar-10-batches-py' / 'data_batch_2'
+    fields = pickle.loads(batch.read_bytes())
+    batch.write_bytes(pickle.dumps({**fields, 'labels': fields['labels'][:-1]}))
+    sums = json.loads((tmp_path / 'md5.json').read_text())
+    sums['data_batch_2'] = hashlib.md5(batch.read_bytes()).hexdigest()
+    (tmp_path / 'md5.json').write_text(json.dumps(sums))
+    for name, value in accepted(CIFAR10, tmp_path / 'md5.json').items():
+        monkeypatch.setattr(CIFAR10, name, value)
+    with pytest.raises(DataError, match='has 119 labels for images of shape .120, 32, 32, 3.: unpack cifar-10-python'):
+        load('cifar10', tmp_path)
 
 
 @pytest.mark.cifar

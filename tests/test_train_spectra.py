@@ -2,30 +2,37 @@
 
 import json
 
-import timm
+import pytest
 from safetensors.torch import load_file
 
-from conftest import run
 from timm_nonlocal import spectrum
-from train.run_dir import save_spectra
+from training import result, train
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+ARGUMENTS = ('--model', 'preresnet20_nl_proposed_k2', '--limit', '20', '--epochs', '3', '--batch-size', '10',
+             '--spectrum-epochs', '1', '3')
 
 
-def test_spectra_of_chosen_epochs(small_cifar, tmp_path):
-    result = run('train/cifar.py', '--model', 'preresnet20_nl_proposed_k2', '--data-dir', str(small_cifar),
-                 '--limit', '20', '--epochs', '2', '--batch-size', '10', '--threads', '1',
-                 '--spectrum-epochs', '1', '2', '--output-dir', str(tmp_path / 'run'), data=small_cifar)
-    assert result.returncode == 0, result.stderr
-    first, last = map(json.loads, (tmp_path / 'run' / 'spectra.jsonl').read_text().splitlines())
+def lines(folder):
+    return [json.loads(line) for line in (folder / 'spectra.jsonl').read_text().splitlines()]
+
+
+def test_spectra_of_chosen_epochs_also_of_a_run_that_was_cut(small_cifar_here, tmp_path):
+    """Every epoch once, in full in the run's folder, the eigenvalues with six digits in its line of results."""
+    assert train(small_cifar_here, tmp_path / 'run', *ARGUMENTS) == 0
+    first, last = lines(tmp_path / 'run')
     expected = spectrum(load_file(tmp_path / 'run' / 'model.safetensors'))
-    assert (first['epoch'], last['epoch']) == (1, 2) and first['blocks'] != last['blocks']
+    assert (first['epoch'], last['epoch']) == (1, 3) and first['blocks'] != last['blocks']
     assert last['blocks'] == [json.loads(json.dumps(record.to_dict())) for record in expected]
+    kept = result(tmp_path / 'run')['spectra']
+    assert [entry['epoch'] for entry in kept] == [1, 3]
+    for block, record in zip(kept[1]['blocks'], expected, strict=True):
+        assert (block['stage'], block['index']) == (record.stage, record.index)
+        assert block['eigenvalues'] == pytest.approx(record.eigenvalues, rel=1e-5)
 
-
-def test_a_resumed_run_writes_every_epoch_once(tmp_path):
-    early, late = (spectrum(timm.create_model('preresnet20_nl_original_k1')) for _ in range(2))
-    for epoch, records in ((36, early), (82, early), (82, late)):
-        save_spectra(tmp_path, epoch, records)
-    lines = [json.loads(line) for line in (tmp_path / 'spectra.jsonl').read_text().splitlines()]
-    assert [line['epoch'] for line in lines] == [36, 82]
-    assert lines[1]['blocks'][0]['trace'] == late[0].trace
-    assert [path.name for path in tmp_path.iterdir()] == ['spectra.jsonl']
+    cut = ('--resume', 'auto', '--save-seconds', '0', '--max-minutes', '1e-9')
+    for _ in range(4):  # a step each
+        assert train(small_cifar_here, tmp_path / 'cut', *ARGUMENTS, *cut) == 124
+    assert [line['epoch'] for line in lines(tmp_path / 'cut')] == [1]
+    assert train(small_cifar_here, tmp_path / 'cut', *ARGUMENTS, '--resume', 'auto') == 0
+    assert lines(tmp_path / 'cut') == [first, last]

@@ -148,7 +148,7 @@ class Campaign:
         since, path = time.monotonic(), self.pack.state_path(group[0])
         names = ', '.join(run.name for run in group)
         trainer = Trainer(group, *self._data(group[0]), self.how,
-                          spectra_epochs=(*paper.SPECTRA_EPOCHS, group[0].recipe.epochs))
+                          spectrum_epochs=(*paper.SPECTRA_EPOCHS, group[0].recipe.epochs))
         if saved := self._saved(path):
             trainer.restore(*saved, str(path))
         self.set_up = max(self.set_up, time.monotonic() - since)
@@ -176,7 +176,7 @@ class Campaign:
         try:
             return state.load(path) if state.exists(path) else None
         except RunError as error:
-            print(f'{error}; it starts again', flush=True)
+            print(f'{error}: its runs start again', flush=True)
             return None
 
     def _row(self, run: Run) -> Row:

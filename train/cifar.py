@@ -62,8 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--save-seconds', type=float, default=60.0, help='how often the state is saved')
     parser.add_argument('--max-minutes', type=float, default=0.0, metavar='M',
                         help='save and stop before M minutes are over; --resume auto continues')
-    parser.add_argument('--spectra-epochs', type=int, nargs='*', default=[], metavar='EPOCH',
-                        help='keep the spectra of the nonlocal parts after these epochs')
+    parser.add_argument('--spectrum-epochs', type=int, nargs='*', default=[], metavar='EPOCH',
+                        help='keep the spectra of the nonlocal parts after these epochs, as 36 82 125 in Figure 2')
     parser.add_argument('--compile', action='store_true', help='the step goes through torch.compile')
     parser.add_argument('--no-graph', action='store_true', help='on a GPU: no CUDA graph')
     parser.add_argument('--deterministic', action='store_true', help='on a GPU: the same bits every time')
@@ -135,7 +135,7 @@ def train(args: argparse.Namespace) -> int:
         return 0
     train_set, test_set = load(args.dataset, args.data_dir, args.download, args.limit)
     trainer = Trainer(runs, train_set.to(accelerator.device), test_set.to(accelerator.device), how, processes,
-                      args.spectra_epochs)
+                      args.spectrum_epochs)
     if saved:
         trainer.restore(*saved, str(folders[0]))
 
@@ -143,6 +143,8 @@ def train(args: argparse.Namespace) -> int:
         state.save(folders[0] / run_dir.STATE, tensors, progress)
         for folder, kept in zip(folders, progress['runs'], strict=True):
             run_dir.save_curve(folder, kept['history'])
+            if kept['spectra']:
+                run_dir.write_lines(folder / run_dir.SPECTRA, kept['spectra'])
 
     if args.log_with:
         accelerator.init_trackers('timm_nonlocal', {key: value for key, value in vars(args).items()
@@ -171,7 +173,10 @@ def read_state(folders: list[Path], runs: list[Run], resume: bool):
         return None
     if not resume:
         raise RunError(f'{taken[0]} already holds a run: continue it with --resume auto, or name another --output-dir')
-    tensors, progress = state.load(folders[0] / run_dir.STATE)
+    try:
+        tensors, progress = state.load(folders[0] / run_dir.STATE)
+    except RunError as error:
+        raise RunError(f'{error}: delete {folders[0]} to start again') from error
     check_same_runs(runs, progress, str(folders[0]))
     return tensors, progress
 
@@ -190,7 +195,7 @@ def finish(trainer: Trainer, folders: list[Path]) -> None:
     """Writes the weights with their config, then the line that says that the run is finished."""
     for folder, run, (record, weights) in zip(folders, trainer.runs, trainer.results(kind='own'), strict=True):
         run_dir.save_model(folder, run, weights)
-        run_dir.write_results(folder / run_dir.RESULTS, [{**record, 'sha256': run_dir.sha256(weights)}])
+        run_dir.write_lines(folder / run_dir.RESULTS, [{**record, 'sha256': run_dir.sha256(weights)}])
         if record['diverged_epoch']:
             print(f'diverged: the training loss of epoch {record["diverged_epoch"]} is not finite')
         print(f'final error {record["final_error"]:.2f} % after epoch {len(record["test_error"])}: '

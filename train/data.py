@@ -59,7 +59,7 @@ def load(name: str, data_dir: str, download: bool = False, limit: int = 0) -> tu
         limit: keep the first `limit` training and test images only (0 keeps all); the mean is that of the kept ones.
 
     Raises:
-        DataError: the folder is missing, incomplete or damaged.
+        DataError: the folder is missing, incomplete or damaged, or its labels are not of its images.
     """
     dataset = DATASETS[name]
     try:
@@ -72,6 +72,10 @@ def load(name: str, data_dir: str, download: bool = False, limit: int = 0) -> tu
         raise DataError(
             f'{folder} {state}{why}: add --download to fetch it through torchvision, or unpack '
             f'{dataset.filename} from https://www.cs.toronto.edu/~kriz/cifar.html into {data_dir}') from error
+    for split in splits:
+        if split.data.shape != (len(split.targets), 32, 32, 3):
+            raise DataError(f'{Path(data_dir) / dataset.base_folder} has {len(split.targets)} labels for images of '
+                            f'shape {tuple(split.data.shape)}: unpack {dataset.filename} anew')
     pixels, labels = zip(*(
         (torch.from_numpy(split.data)[:limit or None], torch.tensor(split.targets)[:limit or None])
         for split in splits), strict=True)

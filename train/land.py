@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 
 from train import paper
 from train.pack import Pack
-from train.run_dir import read_results, write_results
+from train.run_dir import read_results, write_lines
 from train.runs import ROOT, Run
 from train.state import RunError, write
 
@@ -63,7 +63,7 @@ def land(folders: list[Path], results: Path, weights: Path) -> list[str]:
                 known.add(Run.from_dict(record).key)
                 published.append({key: value for key, value in record.items() if key != 'weights'})
                 said.append(f'{Run.from_dict(record).name}: final error {record["final_error"]:.2f} %')
-    write_results(results, published)
+    write_lines(results, published)
     for name, record in shipped(published).items():
         path, run = weights / f'{name}.safetensors', Run.from_dict(record)
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == record['sha256']:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timm_nonlocal.spectrum import spectra
+from timm_nonlocal import spectrum
 from train.data import Images, whole_plan
 from train.pool import Pool
 from train.processes import Processes
@@ -56,16 +56,16 @@ class Trainer:
         train_set, test_set: on the device to train on.
         how: how they are computed.
         processes: those that share the run.
-        spectra_epochs: after these epochs (counted from 1) the spectra of the nonlocal parts are kept.
+        spectrum_epochs: after these epochs (counted from 1) the spectra of the nonlocal parts are kept.
 
     Raises:
         ValueError: the runs do not fit together, or a name or argument in them does not fit.
     """
 
     def __init__(self, runs: Sequence[Run], train_set: Images, test_set: Images, how: How = How(),
-                 processes: Processes | None = None, spectra_epochs: Sequence[int] = ()):
+                 processes: Processes | None = None, spectrum_epochs: Sequence[int] = ()):
         self.runs, self.train_set, self.test_set, self.how = list(runs), train_set, test_set, how
-        self.processes, self.spectra_epochs = processes or Processes(), set(spectra_epochs)
+        self.processes, self.spectrum_epochs = processes or Processes(), set(spectrum_epochs)
         self.epochs, self.batch_size = runs[0].recipe.epochs, runs[0].recipe.batch_size
         self.device = train_set.labels.device
         if len({(run.dataset, run.limit, run.recipe.epochs, run.compile) for run in runs}) > 1:
@@ -157,7 +157,7 @@ class Trainer:
                 wrong.append(count_wrong(learner.bare, self.test_set, self.test_columns))
             plans = [learner.epoch_plan(epoch + 1) for learner in self.learners]  # while the device is busy
             sums = self.processes.sum(torch.stack(
-                [torch.stack([learner.loss.double(), learner.wrong.double(), test.double()])
+                [torch.stack([learner.loss, learner.wrong.float(), test.float()])  # counts below 2²⁴ are exact
                  for learner, test in zip(self.learners, wrong, strict=True)])).tolist()  # waits for the device
             rows = self._note(epoch, sums, time.monotonic() - since, count - first)
             progress['epoch'], progress['images'] = epoch + 1, 0
@@ -213,8 +213,9 @@ class Trainer:
                 'test_wrong': round(test), 'images_per_second': images / seconds, 'seconds': seconds,
             })
             state['history'].append(rows[-1])
-            if epoch + 1 in self.spectra_epochs and math.isfinite(loss) and (blocks := spectra_of(learner)):
-                state['spectra'].append({'epoch': epoch + 1, 'blocks': blocks})
+            blocks = spectrum(learner.bare) if epoch + 1 in self.spectrum_epochs else []
+            if blocks and all(block.eigenvalues is not None for block in blocks):  # None where weights are not finite
+                state['spectra'].append({'epoch': epoch + 1, 'blocks': [block.to_dict() for block in blocks]})
         return rows
 
     # What is left of them
@@ -222,7 +223,7 @@ class Trainer:
     def results(self, **more: Any) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
         """For every finished run its line of results (without the weights' sha256) and its weights on the CPU."""
         where = surroundings(self.device)
-        return [(describe_result(run, state['history'], self.progress['data'], spectra=state['spectra'],
+        return [(describe_result(run, state['history'], self.progress['data'], state['spectra'],
                                  seconds=self.progress['seconds'], at_once=len(self.runs), **asdict(self.how),
                                  **where, **more),
                  {name: tensor.cpu().contiguous() for name, tensor in learner.bare.state_dict().items()})
@@ -239,10 +240,3 @@ def check_same_runs(runs: Sequence[Run], progress: dict[str, Any], source: str) 
         other = [f'its {key} is {was.get(key)}, not {run[key]}' for key in run if was.get(key) != run[key]]
         if other:
             raise RunError(f'{source} holds another run ({"; ".join(other)}): name another --output-dir')
-
-
-def spectra_of(learner: Learner) -> list[dict[str, Any]]:
-    """The eigenvalues of a network's nonlocal parts by magnitude, largest first, with six digits."""
-    state_dict = {name: tensor.cpu() for name, tensor in learner.bare.state_dict().items()}
-    return [{'stage': block.stage, 'index': block.index,
-             'eigenvalues': [float(f'{value:.6g}') for value in block.eigenvalues]} for block in spectra(state_dict)]

@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from train import state
-from train.run_dir import RESULTS, read_results, sha256, write_results
+from train.run_dir import RESULTS, read_results, sha256, write_lines
 from train.runs import Run
 from train.state import RunError, write
 
@@ -76,7 +76,7 @@ class Pack:
         """
         lines = [{**record, 'sha256': sha256(tensors), 'weights': self._add_weights(Run.from_dict(record), tensors)}
                  for record, tensors in zip(records, weights, strict=True)]
-        write_results(self.folder / RESULTS, [*self.results, *lines])
+        write_lines(self.folder / RESULTS, [*self.results, *lines])
 
     def _add_weights(self, run: Run, tensors: dict[str, Tensor]) -> str:
         """Puts weights into the last file, or the next where it is full or elsewhere; gives the file's name."""

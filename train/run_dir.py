@@ -5,6 +5,7 @@
     model.safetensors   the final weights, beside
     config.json         what timm.create_model("local-dir:DIR", pretrained=True) reads
     results.jsonl       one line about the finished run
+    spectra.jsonl       one line an epoch of --spectrum-epochs, `blocks` as the inspect command's JSON has them
 """
 
 import csv
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from train import state
 from train.runs import Run
-from train.state import RunError, write
+from train.state import RunError, write, writing
 
-STATE, CURVE, MODEL, CONFIG, RESULTS = (
-    'state.safetensors', 'curve.csv', 'model.safetensors', 'config.json', 'results.jsonl')
+STATE, CURVE, MODEL, CONFIG, RESULTS, SPECTRA = (
+    'state.safetensors', 'curve.csv', 'model.safetensors', 'config.json', 'results.jsonl', 'spectra.jsonl')
 
 
 def sha256(weights: dict[str, Tensor]) -> str:
@@ -47,15 +48,14 @@ def save_model(folder: Path, run: Run, weights: dict[str, Tensor]) -> None:
     """Writes weights and config.json as timm does for the Hub."""
     model = run.build()
     model.load_state_dict(weights)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
+    with writing(folder / MODEL), tempfile.TemporaryDirectory() as beside:
         save_for_hf(model, beside, safe_serialization=True)
         for name in (MODEL, CONFIG):
             write(folder / name, lambda path, name=name: shutil.copyfile(Path(beside) / name, path))
 
 
-def write_results(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Writes a results.jsonl, a line a record."""
+def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Writes a .jsonl, a line a record."""
     write(path, lambda beside: beside.write_text(''.join(json.dumps(record, allow_nan=False) + '\n'
                                                          for record in records)))
 

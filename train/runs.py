@@ -152,12 +152,14 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     }
 
 
-def describe_result(run: Run, history: list[dict[str, Any]], images: Sequence[int], **more: Any) -> dict[str, Any]:
+def describe_result(run: Run, history: list[dict[str, Any]], images: Sequence[int],
+                    spectra: Sequence[dict[str, Any]] = (), **more: Any) -> dict[str, Any]:
     """The line of results.jsonl about a finished run.
 
     Args:
         history: a row an epoch; an epoch whose training loss was not finite is the last, with None for the loss.
         images: how many there are to train on and to test on.
+        spectra: after chosen epochs, of which the line has the eigenvalues with six digits.
         more: what else is known: seconds, device, versions, sha256 of the weights.
     """
     model = run.build()
@@ -171,5 +173,10 @@ def describe_result(run: Run, history: list[dict[str, Any]], images: Sequence[in
         'final_error': last['test_error'], 'final_wrong': last['test_wrong'],
         'diverged_epoch': last['epoch'] if last['train_loss'] is None else None,
         'best_error': best['test_error'], 'best_epoch': best['epoch'],
-        **{key: [row[key] for row in history] for key in ('test_error', 'train_error', 'train_loss')}, **more,
+        **{key: [row[key] for row in history] for key in ('test_error', 'train_error', 'train_loss')},
+        'spectra': [{'epoch': entry['epoch'], 'blocks': [
+            {'stage': block['stage'], 'index': block['index'],
+             'eigenvalues': [float(f'{value:.6g}') for value in block['eigenvalues']]} for block in entry['blocks']]}
+            for entry in spectra],
+        **more,
     }

@@ -4,10 +4,11 @@
     NAME.previous.safetensors   the save before it, used where the last one cannot be read
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,17 @@ class RunError(Exception):
     """A run's files do not hold or take what was asked of them; the message says what would work."""
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while path is written, a full disk above all, into a RunError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise RunError(f'{path} cannot be written ({reason}): what was saved before is unharmed; make room and '
+                       f'run the same command again') from error
+
+
 def write(path: Path, fill: Callable[[Path], None], keep: bool = False) -> None:
     """Lets `fill` write a file beside path, brings it to disk and renames it.
 
@@ -32,22 +44,17 @@ def write(path: Path, fill: Callable[[Path], None], keep: bool = False) -> None:
     """
     beside = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fill(beside)
-        with open(beside, 'rb') as file:
-            os.fsync(file.fileno())
-        if keep and path.exists():
-            os.replace(path, previous(path))
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise RunError(f'{path} cannot be written ({reason}): what was saved before is unharmed; make room and '
-                       f'run the same command again') from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fill(beside)
+            with open(beside, 'rb') as file:
+                os.fsync(file.fileno())
+            if keep and path.exists():
+                os.replace(path, previous(path))
+            os.replace(beside, path)
     finally:
-        try:
+        with contextlib.suppress(OSError):  # the reason why it could not be written is the better message
             beside.unlink(missing_ok=True)
-        except OSError:
-            pass  # the reason why it could not be written is the better message
 
 
 def previous(path: Path) -> Path:
@@ -103,4 +110,4 @@ def load(path: Path, tell: Callable[[str], None] = print) -> tuple[dict[str, Ten
         if damage:
             tell(f'{damage[0]}: going on from the state before it')
         return state
-    raise RunError(f'{"; ".join(damage) or f"{path} is missing"}: delete it to start again')
+    raise RunError('; '.join(damage) or f'{path} is missing')
