@@ -20,9 +20,10 @@ from pathlib import Path
 import timm
 from timm.models import save_for_hf
 
+from timm_nonlocal.pretrained import DATASETS
+
 from . import drawing
 from .card import published
-from .labels import LABELS
 from .results import HUB, PublishError, Run, Shipped
 
 WEIGHTS, CONFIG, CARD, INSPECTION = 'model.safetensors', 'config.json', 'README.md', 'inspect.json'
@@ -47,7 +48,7 @@ def build(file: Shipped, namespace: str, folder: Path) -> None:
 def _config(file: Shipped, folder: Path) -> None:
     """timm's own export. Its record of the number of classes would reach transformers' wrapper twice, so it goes."""
     save_for_hf(timm.create_model(file.name, pretrained=True), folder, safe_serialization=True,
-                model_config={'label_names': LABELS[file.dataset]})
+                model_config={'label_names': list(DATASETS[file.dataset].labels)})
     config = json.loads((folder / CONFIG).read_text())
     config.get('model_args', {}).pop('num_classes', None)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n')

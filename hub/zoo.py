@@ -1,14 +1,14 @@
 """The table of all models in README.md, and weights/index.json, which tells the package about its weight files.
 
-    python -m hub.zoo [--check]
+    python -m hub.zoo [--check] [--namespace NS]
 
-Both are made from the registered models, the files in timm_nonlocal/weights and hub/results.jsonl; a file is known by
-its sha256. --check writes nothing. Exit codes: 0 done; 1 --check found something out of date; 2 a file that cannot be
-accounted for.
+Both are made from the registered models, the files in timm_nonlocal/weights and hub/results.jsonl. --check writes
+nothing. --namespace says once under whose name `hub.publish` has published the files: where the package then lacks one,
+pretrained=True takes it from there. Exit codes: 0 done; 1 --check found something out of date; 2 the weights, the
+results or README.md are off.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -23,14 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_nonlocal.preresnet import ARCHITECTURES
 from timm_nonlocal.pretrained import DATASETS
 
+from .results import PublishError, load, shipped
+
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, RESULTS, README = (
     Path(path) for path in ('timm_nonlocal/weights', 'hub/results.jsonl', 'README.md'))  # below the root
 MARKERS = '<!-- models: python -m hub.zoo -->\n', '<!-- end of models -->\n'
-
-
-class ZooError(Exception):
-    """Something cannot be accounted for; the message says what would help."""
 
 
 def create(name: str) -> nn.Module:
@@ -48,28 +46,22 @@ def macs(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def index(root: Path = ROOT) -> dict[str, dict[str, Any]]:
+def index(root: Path = ROOT, namespace: str | None = None) -> dict[str, dict[str, Any]]:
     """What weights/index.json should say: about each file, and as before about weights that are on the Hub alone.
 
     Raises:
-        ZooError: a file that no line of results.jsonl tells of, or of another network.
+        PublishError: a file that no line of results.jsonl accounts for, see `results.shipped`.
     """
-    results, old = root / RESULTS, root / WEIGHTS / 'index.json'
-    lines = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    by_sum = {line['sha256']: line for line in lines}
+    old = root / WEIGHTS / 'index.json'
     entries = json.loads(old.read_text()) if old.is_file() else {}
-    for file in sorted((root / WEIGHTS).glob('*.safetensors')):
-        name, sha256 = file.name.removesuffix('.safetensors'), hashlib.sha256(file.read_bytes()).hexdigest()
-        line = by_sum.get(sha256)
-        if line is None or name != f'{line["architecture"]}.{line["dataset"]}':
-            raise ZooError(f'{WEIGHTS / file.name}: no line of {RESULTS} has its sha256 {sha256} and its name; '
-                           f'add the line that its run left, or take the file out')
-        model = create(name)
-        entries[name] = {
-            **entries.get(name, {}), 'sha256': sha256, 'num_params': parameters(model), 'macs': macs(model),
-            'test_error': line['final_error'],
-            'recipe': f'accelerate launch train/cifar.py --model {line["architecture"]} --dataset {line["dataset"]} '
-                      f'--epochs {line["recipe"]["epochs"]} --seed {line["seed"]}',
+    for file in shipped(load(root / RESULTS), root / WEIGHTS):
+        model, run = create(file.name), file.run
+        entries[file.name] = {
+            **entries.get(file.name, {}), **({'hf_hub_id': f'{namespace}/{file.name}'} if namespace else {}),
+            'sha256': file.sha256, 'num_params': parameters(model), 'macs': macs(model),
+            'test_error': run['final_error'],
+            'recipe': f'accelerate launch train/cifar.py --model {run["architecture"]} --dataset {run["dataset"]} '
+                      f'--epochs {run["recipe"]["epochs"]} --seed {run["seed"]}',
         }
     return dict(sorted(entries.items()))
 
@@ -88,15 +80,15 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
-def made(root: Path = ROOT) -> dict[Path, str]:
+def made(root: Path = ROOT, namespace: str | None = None) -> dict[Path, str]:
     """The files that the command writes, and what belongs into them."""
-    readme, entries = (root / README).read_text(), index(root)
+    readme, entries = (root / README).read_text(), index(root, namespace)
     try:
         before, rest = readme.split(MARKERS[0])
         _, after = rest.split(MARKERS[1])
     except ValueError:
-        raise ZooError(f'{README}: put the table between one line {MARKERS[0].strip()} '
-                       f'and one {MARKERS[1].strip()}') from None
+        raise PublishError(f'{README}: put the table between one line {MARKERS[0].strip()} '
+                           f'and one {MARKERS[1].strip()}') from None
     files = {root / README: before + MARKERS[0] + table(entries) + MARKERS[1] + after}
     if entries:
         files[root / WEIGHTS / 'index.json'] = json.dumps(entries, indent=1) + '\n'
@@ -107,10 +99,12 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m hub.zoo', description=__doc__.split('\n\n')[0], allow_abbrev=False)
     parser.add_argument('--check', action='store_true', help='only say what is out of date')
+    parser.add_argument('--namespace', metavar='NS', help='the user or organisation that the files are published under')
     args = parser.parse_args(argv)
     try:
-        stale = {path: text for path, text in made(root).items() if not path.is_file() or path.read_text() != text}
-    except ZooError as error:
+        stale = {path: text for path, text in made(root, args.namespace).items()
+                 if not path.is_file() or path.read_text() != text}
+    except PublishError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     for path, text in stale.items():

@@ -11,7 +11,6 @@ from timm import is_model
 import timm_nonlocal  # noqa: F401
 from conftest import ROOT
 from hub import cards, paper, results
-from hub.labels import LABELS
 from hub.results import PublishError
 from zoo import Zoo, made_up
 
@@ -163,16 +162,3 @@ def test_drift_is_noticed(zoo, tmp_path):
         'MODEL_CARD.md is not what hub/results.jsonl and the weights make it: run python -m hub.cards',
         'hub/models/preresnet20.cifar10.md is not what hub/results.jsonl and the weights make it: run '
         'python -m hub.cards']
-
-
-def test_labels_are_in_order():
-    for dataset, count in (('cifar10', 10), ('cifar100', 100)):
-        assert len(LABELS[dataset]) == len(set(LABELS[dataset])) == count
-        assert LABELS[dataset] == sorted(LABELS[dataset])
-
-
-@pytest.mark.cifar
-@pytest.mark.parametrize('dataset', ['CIFAR10', 'CIFAR100'])
-def test_labels_are_the_data_sets(cifar_dir, dataset):
-    from torchvision import datasets
-    assert getattr(datasets, dataset)(cifar_dir).classes == LABELS[dataset.lower()]

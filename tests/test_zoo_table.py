@@ -69,6 +69,9 @@ def test_errors_come_from_the_results_line_with_the_files_sha256(root, capsys):
         'recipe': 'accelerate launch train/cifar.py --model preresnet20_nl_proposed_k2 --dataset cifar10 --epochs 164 '
                   '--seed 3'}
     assert entries['preresnet56.cifar100'] == {'hf_hub_id': 'someone/other'}
+    assert zoo.main(['--namespace', 'us'], root) == 0
+    assert {name: entry['hf_hub_id'] for name, entry in json.loads(index.read_text()).items()} == {
+        NAME: f'us/{NAME}', 'preresnet56.cifar100': 'someone/other'}
     row = next(line for line in (root / 'README.md').read_text().splitlines() if '`preresnet20_nl_proposed_k2`' in line)
     assert row.endswith('| 7.25 % | no weights |')
     assert not list(root.glob('**/*.part'))
@@ -84,8 +87,9 @@ def test_a_file_that_no_run_accounts_for(root, change, capsys):
     before = (root / 'README.md').read_bytes()
     assert zoo.main([], root) == 2
     error = capsys.readouterr().err
-    assert error.startswith('error: timm_nonlocal/weights/preresnet20') and error.count('\n') == 1
-    assert 'no line of hub/results.jsonl has its sha256' in error
+    assert error.startswith('error: preresnet20_nl_proposed_k2.cifar') and error.count('\n') == 1
+    known = {'content': 'no line of results.jsonl has its sha256', 'name': 'says that these weights are'}[change]
+    assert known in error
     assert (root / 'README.md').read_bytes() == before
 
 
