@@ -93,15 +93,23 @@ def update(text: str, made: tuple[str, str]) -> str:
     return f'---\n{front_matter}\n---\n{between(text, "card", body)}'
 
 
+def path_of(file: Shipped) -> Path:
+    return CARDS / f'{file.name}.md'
+
+
+def current(file: Shipped, runs: list[Run]) -> str:
+    """A model's card as it should be now, with what was written by hand."""
+    path = path_of(file)
+    return update(path.read_text() if path.is_file() else '', card(file, runs))
+
+
 def make(folder: Path = HUB.parent) -> tuple[dict[Path, str], list[str]]:
     """What every card should hold, and what is wrong beside them. Raises PublishError."""
     runs = load()
     files = shipped(runs)
     drawn = figures.collect(runs, files)
     cards = {MODEL_CARD: model_card(MODEL_CARD.read_text(), runs, files, drawn)}
-    for file in files:
-        path = CARDS / f'{file.name}.md'
-        cards[path] = update(path.read_text() if path.is_file() else '', card(file, runs))
+    cards |= {path_of(file): current(file, runs) for file in files}
     problems = [f'{path.relative_to(folder)} has no weights: delete it'
                 for path in sorted(CARDS.glob('*.md')) if path not in cards]
     return cards, problems + figures.stale(drawn)

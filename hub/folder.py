@@ -22,7 +22,7 @@ from timm.models import save_for_hf
 
 from timm_nonlocal.pretrained import DATASETS
 
-from . import drawing
+from . import cards, drawing
 from .card import published
 from .results import HUB, PublishError, Run, Shipped
 
@@ -30,14 +30,18 @@ WEIGHTS, CONFIG, CARD, INSPECTION = 'model.safetensors', 'config.json', 'README.
 NO_NONLOCAL_BLOCK = 4  # an exit code of the inspect command
 
 
-def build(file: Shipped, namespace: str, folder: Path) -> None:
-    """Fills an empty folder; the same weights and results give the same bytes. Raises PublishError.
+def build(file: Shipped, runs: list[Run], namespace: str, folder: Path) -> None:
+    """Fills an empty folder; the same weights and results give the same bytes.
 
     It is the committed card that is published: what was written into it by hand comes along.
+
+    Raises:
+        PublishError: the card is missing or not what the results make it, or the weights cannot be inspected.
     """
-    card = HUB / 'models' / f'{file.name}.md'
-    if not card.is_file():
-        raise PublishError(f'{file.name} has no card: run python -m hub.cards')
+    card = cards.path_of(file)
+    if not card.is_file() or card.read_text() != cards.current(file, runs):
+        raise PublishError(f'its card {card.relative_to(HUB.parent)} is not what the results make it: run '
+                           f'python -m hub.cards')
     _config(file, folder)
     shutil.copyfile(file.path, folder / WEIGHTS)
     (folder / CARD).write_text(published(card.read_text(), namespace))

@@ -22,7 +22,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from .client import CLIENT_ERRORS, explain, status
 from .folder import WEIGHTS, build
-from .results import PublishError, Shipped, load, sha256, shipped
+from .results import PublishError, Run, Shipped, load, sha256, shipped
 from .verify import verify
 
 STEPS = ('build', 'create', 'upload', 'tag', 'verify')
@@ -36,11 +36,21 @@ class Unfinished(Exception):
         self.step, self.hopeless = step, hopeless
 
 
-def changed(api: HfApi, repo: str, commit: str, folder: Path) -> list[Path]:
-    """The files of a folder that a commit of the repository does not hold byte for byte."""
-    paths = sorted(path for path in folder.iterdir())
-    there = {info.path: info for info in api.get_paths_info(repo, [path.name for path in paths], revision=commit)}
-    return [path for path in paths if not _holds(there.get(path.name), path)]
+def upload(api: HfApi, repo: str, head: str, folder: Path, branch: str) -> tuple[str, str]:
+    """Commits the files of a folder that the head of a branch does not hold byte for byte.
+
+    Returns:
+        The commit that holds them all, and what was done in words.
+    """
+    paths = sorted(folder.iterdir())
+    there = {info.path: info for info in api.get_paths_info(repo, [path.name for path in paths], revision=head)}
+    changed = [path for path in paths if not _holds(there.get(path.name), path)]
+    if not changed:
+        return head, 'nothing to upload'
+    names, size = ', '.join(path.name for path in changed), sum(path.stat().st_size for path in changed)
+    commit = api.create_commit(repo, [CommitOperationAdd(path.name, path) for path in changed], revision=branch,
+                               parent_commit=head, commit_message=f'{repo.split("/")[1]}: {names}')
+    return commit.oid, f'{len(changed)} files, {size:,} bytes uploaded'
 
 
 def _holds(info, path: Path) -> bool:
@@ -61,22 +71,19 @@ def tag(api: HfApi, repo: str, commit: str, file: Shipped) -> str:
     return name
 
 
-def publish(api: HfApi, file: Shipped, args: argparse.Namespace, folder: Path) -> str:
+def publish(api: HfApi, file: Shipped, runs: list[Run], args: argparse.Namespace) -> str:
     """All steps for one weight file; says in a line what was done. Raises Unfinished."""
     repo, step = f'{args.namespace}/{file.name}', STEPS[0]
     try:
-        build(file, args.namespace, folder)
-        step = 'create'
-        api.create_repo(repo, private=args.private or None, exist_ok=True)
-        if args.revision != 'main':
-            api.create_branch(repo, branch=args.revision, exist_ok=True)
-        step = 'upload'
-        head = api.repo_info(repo, revision=args.revision)
-        commit, files = head.sha, changed(api, repo, head.sha, folder)
-        if files:
-            commit = api.create_commit(
-                repo, [CommitOperationAdd(path.name, path) for path in files], revision=args.revision,
-                parent_commit=head.sha, commit_message=f'{file.name}: {", ".join(path.name for path in files)}').oid
+        with tempfile.TemporaryDirectory() as folder:
+            build(file, runs, args.namespace, Path(folder))
+            step = 'create'
+            api.create_repo(repo, private=args.private or None, exist_ok=True)
+            if args.revision != 'main':
+                api.create_branch(repo, branch=args.revision, exist_ok=True)
+            step = 'upload'
+            head = api.repo_info(repo, revision=args.revision)
+            commit, done = upload(api, repo, head.sha, Path(folder), args.revision)
         step = 'tag'
         name = tag(api, repo, commit, file)
         step = 'verify'
@@ -86,17 +93,35 @@ def publish(api: HfApi, file: Shipped, args: argparse.Namespace, folder: Path) -
             traceback.print_exc()
         hopeless = status(error) in (401, 403) or isinstance(error, OfflineModeIsEnabled)
         raise Unfinished(step, explain(error), hopeless) from error
-    size = sum(path.stat().st_size for path in files)
-    done = f'{len(files)} files, {size:,} bytes uploaded' if files else 'nothing to upload'
     return f'{repo}@{commit[:12]}: {done}, tag {name}, verified'
 
 
-def listing(file: Shipped, args: argparse.Namespace, folder: Path) -> str:
-    """What --dry-run says of a weight file: every file with its size and sha256."""
-    build(file, args.namespace, folder)
-    lines = [f'{args.namespace}/{file.name}']
-    return '\n'.join(lines + [f'  {path.name:<18} {path.stat().st_size:>10,}  {sha256(path)}'
-                              for path in sorted(folder.iterdir())])
+def publish_all(api: HfApi, files: list[Shipped], runs: list[Run], args: argparse.Namespace) -> dict[str, str]:
+    """Publishes one after the other and says so. Gives the names that are not finished with the step they are at."""
+    missing = {file.name: STEPS[0] for file in files}
+    for file in files:
+        try:
+            print(publish(api, file, runs, args), flush=True)
+            del missing[file.name]
+        except Unfinished as stop:
+            missing[file.name] = stop.step
+            print(f'error: {args.namespace}/{file.name}: {stop.step}: {stop}', file=sys.stderr)
+            if stop.hopeless:
+                break
+        except KeyboardInterrupt:
+            print('stopped', file=sys.stderr)
+            break
+    return missing
+
+
+def dry_run(files: list[Shipped], runs: list[Run], namespace: str) -> None:
+    """Builds every folder and lists its files with sizes and sha256. Raises PublishError."""
+    for file in files:
+        print(f'{namespace}/{file.name}')
+        with tempfile.TemporaryDirectory() as folder:
+            build(file, runs, namespace, Path(folder))
+            for path in sorted(Path(folder).iterdir()):
+                print(f'  {path.name:<18} {path.stat().st_size:>10,}  {sha256(path)}')
 
 
 def select(names: list[str], files: list[Shipped]) -> list[Shipped]:
@@ -129,32 +154,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        files = select(args.names, shipped(load()))
+        runs = load()
+        files = select(args.names, shipped(runs))
+        if args.dry_run:
+            dry_run(files, runs, args.namespace)
+            return 0
     except PublishError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     disable_progress_bars()
-    api, missing = HfApi(library_name='timm_nonlocal'), {file.name: STEPS[0] for file in files}
-    try:
-        for file in files:
-            with tempfile.TemporaryDirectory() as folder:
-                if args.dry_run:
-                    print(listing(file, args, Path(folder)))
-                    del missing[file.name]
-                    continue
-                try:
-                    print(publish(api, file, args, Path(folder)), flush=True)
-                    del missing[file.name]
-                except Unfinished as stop:
-                    missing[file.name] = stop.step
-                    print(f'error: {args.namespace}/{file.name}: {stop.step}: {stop}', file=sys.stderr)
-                    if stop.hopeless:
-                        break
-    except PublishError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('stopped', file=sys.stderr)
+    missing = publish_all(HfApi(library_name='timm_nonlocal'), files, runs, args)
     for name, step in missing.items():
         print(f'missing: {args.namespace}/{name}: {", ".join(STEPS[STEPS.index(step):])}', file=sys.stderr)
     if missing:

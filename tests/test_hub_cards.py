@@ -92,7 +92,7 @@ def test_results_that_are_no_results(tmp_path):
     path = tmp_path / 'results.jsonl'
     assert results.load(path) == []
     for line, message in (('{', 'line 2 is not a JSON object'), ('[]', 'line 2 is not a JSON object'),
-                          ('{"seed": 1}', 'line 2 lacks architecture, dataset, final_error, recipe, sha256')):
+                          ('{"seed": 1}', 'line 2 lacks architecture, best_epoch, best_error, dataset, final_error')):
         path.write_text(json.dumps(made_up()) + '\n' + line + '\n')
         with pytest.raises(PublishError, match=message):
             results.load(path)
@@ -147,7 +147,7 @@ def test_the_usage_block_runs(zoo, published, tmp_path):
     assert done.stdout == 'torch.Size([1, 10])\n', done.stderr
 
 
-def test_drift_is_noticed(zoo, tmp_path):
+def test_drift_is_noticed_and_not_published(zoo, tmp_path):
     changed = Zoo(tmp_path / 'copy')
     shutil.copytree(zoo.root, changed.root)
     path = changed.root / 'hub/results.jsonl'
@@ -155,10 +155,12 @@ def test_drift_is_noticed(zoo, tmp_path):
     runs[0]['final_error'] -= 5
     path.write_text('\n'.join(map(json.dumps, runs)) + '\n')
     (changed.root / 'hub/models/preresnet56.cifar100.md').write_text('nothing')
-    drifted = changed.run('-m', 'hub.cards', '--check')
-    assert drifted.returncode == 1 and drifted.stdout == ''
+    drifted = changed.run('-c', 'from hub import cards, publish\n'
+                                'print(cards.main(["--check"]), publish.main(["--namespace", "alice", "--dry-run"]))')
+    assert drifted.stdout == 'alice/preresnet20.cifar10\n1 2\n'
     assert drifted.stderr.splitlines() == [
         'hub/models/preresnet56.cifar100.md has no weights: delete it',
         'MODEL_CARD.md is not what hub/results.jsonl and the weights make it: run python -m hub.cards',
         'hub/models/preresnet20.cifar10.md is not what hub/results.jsonl and the weights make it: run '
-        'python -m hub.cards']
+        'python -m hub.cards',
+        'error: its card hub/models/preresnet20.cifar10.md is not what the results make it: run python -m hub.cards']

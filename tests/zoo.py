@@ -32,7 +32,8 @@ def made_up(architecture: str = 'preresnet20', dataset: str = 'cifar10', seed: i
     """A line of results.jsonl that no training wrote."""
     return {'architecture': architecture, 'dataset': dataset, 'seed': seed, 'limit': 0, 'model_kwargs': [],
             'recipe': paper.recipe(architecture), 'mixed_precision': 'no', 'final_error': error,
-            'best_error': error - 0.5, 'best_epoch': 150, 'sha256': f'{architecture}{dataset}{seed}', **more}
+            'best_error': error - 0.5, 'best_epoch': 150, 'train_loss': [2.0, 0.1], 'train_error': [80.0, 1.0],
+            'test_error': [80.0, error], 'sha256': f'{architecture}{dataset}{seed}', **more}
 
 
 class Zoo:
@@ -89,11 +90,11 @@ from pathlib import Path
 import hub.publish as command
 build = command.build
 
-def copy_built(file, namespace, folder):
+def copy_built(file, runs, namespace, folder):
     built = Path('built', file.name)
     if not built.is_dir():
         built.mkdir(parents=True)
-        build(file, namespace, built)
+        build(file, runs, namespace, built)
     shutil.copytree(built, folder, dirs_exist_ok=True)
 
 command.build = copy_built
