@@ -9,7 +9,7 @@ nonlocal. An affinity is a module: `forward(q, k)` gives A from the embedded fea
 Shapes: B images, M positions, D embedding channels, C channels of whatever A is applied to.
 """
 
-from typing import Optional
+from typing import Final, Optional
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class Affinity(nn.Module):
     """
 
     embedded = True  # learns θ (and φ) in front of the kernel
-    softmax = False  # A = softmax(s Q Kᵀ), which `ops` and attention kernels apply without writing it out
+    softmax: Final[bool] = False  # A = softmax(s Q Kᵀ), which `ops` and attention kernels apply unwritten
     normalize = 'row_sum'
     reason = ''  # why the other normaliser is refused
 
@@ -82,7 +82,7 @@ class Gaussian(Affinity):
     """ω(xᵢ, xⱼ) = exp(s xᵢ·xⱼ) over its row sum: a softmax over the keys. s defaults to 1/√D."""
 
     embedded = False
-    softmax = True
+    softmax: Final[bool] = True
     reason = 'exp grows without bound, and only its row sum keeps it finite'
 
     @staticmethod

@@ -64,9 +64,12 @@ def _grid(z: Tensor, like: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float) -> Tensor:
     """softmax(s Q Kᵀ) G for q and k (B, M, D) and g (B, M, C'): (B, M, C'), never written out by fused kernels."""
-    width = max(q.shape[2], g.shape[2])  # which take one width for all three; zeros change nothing
-    q, k, v = [F.pad(z, (0, width - z.shape[2])).unsqueeze(1) for z in (q, k, g)]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(1)[:, :, :g.shape[2]]
+    dim, inner = q.shape[2], g.shape[2]
+    if dim != inner:  # those kernels take one width; zeros change nothing
+        q, k, g = (F.pad(q, (0, max(inner - dim, 0))), F.pad(k, (0, max(inner - dim, 0))),
+                   F.pad(g, (0, max(dim - inner, 0))))
+    mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), g.unsqueeze(1), scale=scale)
+    return mixed.squeeze(1)[:, :, :inner]
 
 
 class SubBlock(nn.Module):
@@ -145,13 +148,14 @@ class NonlocalBlock(_Nonlocal):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
         tokens = _positions(x)
+        q, k = self.embed(tokens)
         g = self.g(tokens)  # (B, M, C')
         if not self.merged:
-            mixed = self.affinity.aggregate(self.relate(tokens), g)
+            mixed = self.affinity.aggregate(self.affinity(q, k), g)
         elif self.affinity.softmax:
-            mixed = _attend(*self.embed(tokens), g, self.affinity.scale)
+            mixed = _attend(q, k, g, self.affinity.scale)
         else:
-            a, right = self.affinity.operator(*self.embed(tokens))
+            a, right = self.affinity.operator(q, k)
             mixed = self.affinity.aggregate(a, g, right)
         return x + _grid(self.z(mixed), x)  # eq. (1)
 
@@ -216,8 +220,9 @@ class NonlocalStage(_Nonlocal):
         tokens = _positions(x)
         if not self.merged:
             return x + _grid(self._plain(self.relate(tokens), tokens), x)
-        if not torch.jit.is_scripting() and self.affinity.softmax and not _only_plain_tensor_code():
-            return _grid(self._fused(tokens), x)
+        if not torch.jit.is_scripting():
+            if self.affinity.softmax and not _only_plain_tensor_code():
+                return _grid(self._fused(tokens), x)
         return x + _grid(self._merged(tokens), x)
 
     def _plain(self, a: Tensor, x: Tensor) -> Tensor:
@@ -232,7 +237,8 @@ class NonlocalStage(_Nonlocal):
 
         With Gᵐ = Zᵐ W_gᵐᵀ and Hⁿ = A Gⁿ - Gⁿ, eq. (8) reads Zⁿ⁺¹ = Zⁿ + Hⁿ W_Zⁿᵀ: no Zⁿ between X and Zᵏ is needed.
         """
-        a, right = self.affinity.operator(*self.embed(x))
+        q, k = self.embed(x)
+        a, right = self.affinity.operator(q, k)
         w_g = [sub_block.g.weight for sub_block in self.sub_blocks]  # k of (C', C)
         w_z = [sub_block.z.weight for sub_block in self.sub_blocks]  # k of (C, C')
         wide, inner = F.linear(x, torch.cat(w_g)), w_g[0].shape[0]
