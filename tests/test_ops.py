@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
+from numerics import TOLERANCE, chain_in_float64, relative
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import ROOT, run
 from timm_nonlocal import NonlocalBlock, NonlocalStage, ops_products
 from timm_nonlocal.ops import nonlocal_stage
 
 C = 64
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 GPU = pytest.param('cuda', marks=pytest.mark.gpu)
 DEVICES = pytest.mark.parametrize('device', ['cpu', GPU])
 
@@ -20,10 +21,6 @@ DEVICES = pytest.mark.parametrize('device', ['cpu', GPU])
 def fresh(seeded):
     """Replaces the fixed seed by a new one, which a failing test shows."""
     print('torch.manual_seed', torch.seed())
-
-
-def relative(a, b):
-    return ((a.double() - b).norm() / b.norm()).item()
 
 
 def scaled(module, x, largest):
@@ -124,19 +121,6 @@ def test_products_of_low_precision_operands(dtype, logits):
     chain.backward(q, keys, g, h, None, t, dh, dq, dk, dg)
     for got, value in zip((h, dq, dk, dg), expected, strict=True):
         assert relative(got, value) <= TOLERANCE[dtype]
-
-
-def chain_in_float64(q, k, g, t, inner, scale, dh):
-    """H, dQ, dK and dG⁰ of the chain, from its definition."""
-    q, k, g = (z.detach().double().requires_grad_() for z in (q, k, g))
-    a, h = torch.softmax(scale * q @ k.transpose(1, 2), dim=-1), []
-    for n in range(0, g.shape[2], inner):
-        g_n = g[:, :, n:n + inner]
-        if n:
-            g_n = g_n + torch.cat(h, dim=2) @ t[n:n + inner, :n].double().T
-        h.append(a @ g_n - g_n)
-    h = torch.cat(h, dim=2)
-    return h.detach(), *torch.autograd.grad(h, (q, k, g), dh.double())
 
 
 @pytest.mark.parametrize('k', [1, 5])
@@ -298,8 +282,8 @@ def test_graphs_for_other_runtimes_hold_plain_operators(make, affinity):
     graphs = [torch.jit.script(module), torch.jit.trace(module, x), exported.module(), torch.fx.symbolic_trace(module)]
     for graph in graphs:
         torch.testing.assert_close(graph(x), expected, rtol=1e-5, atol=1e-5)
-    assert not any('timm_nonlocal' in str(graph) for graph in (graphs[0].inlined_graph, graphs[1].inlined_graph,
-                                                               exported.graph))
+    for graph in (graphs[0].inlined_graph, graphs[1].inlined_graph, exported.graph):
+        assert 'timm_nonlocal::' not in str(graph) and 'timm_nonlocal.stage' not in str(graph)
 
 
 def test_symbolic_tracing_keeps_the_operator():
@@ -316,3 +300,12 @@ def test_linear_memory(affinity):
         module(x).sum().backward()
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
     assert 0 < allocated < 5e8
+
+
+def test_triton_kernels_through_the_interpreter():
+    """`test_ops_triton.py` on the CPU, where Triton is there."""
+    pytest.importorskip('triton')
+    environment = {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}  # many small products
+    result = run('-m', 'pytest', '-q', str(ROOT / 'tests' / 'test_ops_triton.py'), env=environment)
+    assert result.returncode == 0, result.stdout
+    assert ' passed' in result.stdout and 'skipped' not in result.stdout

@@ -133,20 +133,32 @@ class PerPosition(Affinity):
         return self.aggregate(a, z, right) - row_sum * z  # (KZ)ᵢ/Cᵢ - (dᵢ/Cᵢ) Zᵢ
 
 
-class DotProduct(PerPosition):
+class ProductOfFeatures(Affinity):
+    """A = L Rᵀ for two features of every position, (B, M, r) both: it need not be written out."""
+
+    def factors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """L and R."""
+        raise NotImplementedError
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        left, right = self.factors(with_room(q), k)
+        return left @ right.transpose(1, 2)  # (B, M, M)
+
+    def operator(self, q: Tensor, k: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        left, right = self.factors(q, k)
+        return left, right
+
+
+class DotProduct(ProductOfFeatures, PerPosition):
     """ω(xᵢ, xⱼ) = s θ(xᵢ)·φ(xⱼ) over M. s defaults to 1."""
 
     reason = 'a dot product takes both signs, so its row sums come near zero or below it; positive_dot_product has one'
 
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        left, right = self.operator(with_room(q), k)
-        return left @ right.transpose(1, 2)  # (B, M, M)
-
-    def operator(self, q: Tensor, k: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+    def factors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q * self.scale, k / q.shape[1]
 
 
-class PositiveDotProduct(Affinity):
+class PositiveDotProduct(ProductOfFeatures):
     """ω(xᵢ, xⱼ) = 1 + s ReLU(θ(xᵢ))·ReLU(φ(xⱼ)) over its row sum. s defaults to 1/√D.
 
     A product of the non-negative features [1, √s ReLU(·)]. Its row sums are never below M, so that no input brings
@@ -172,11 +184,7 @@ class PositiveDotProduct(Affinity):
     def default_scale(dim: int) -> float:
         return dim ** -0.5
 
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        left, right = self.operator(with_room(q), k)
-        return left @ right.transpose(1, 2)  # (B, M, M)
-
-    def operator(self, q: Tensor, k: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+    def factors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         left, right = F.pad(F.relu(q) * self.scale, (0, 1), value=1.0), F.pad(F.relu(k), (0, 1), value=1.0)
         wide = torch.promote_types(left.dtype, torch.float32)
         mean = (left * right.mean(dim=1, keepdim=True, dtype=wide)).sum(dim=2, keepdim=True)  # Cᵢ / M, at least 1

@@ -62,12 +62,11 @@ def _grid(z: Tensor, like: Tensor) -> Tensor:
     return z.transpose(1, 2).reshape(like.shape)  # (B, M, C) -> (B, C, *grid)
 
 
-def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float) -> Tensor:
-    """softmax(s Q Kᵀ) G for q and k (B, M, D) and g (B, M, C'): (B, M, C'), never written out by fused kernels."""
-    dim, inner = q.shape[2], g.shape[2]
-    if dim != inner:  # those kernels take one width; zeros change nothing
-        q, k, g = (F.pad(q, (0, max(inner - dim, 0))), F.pad(k, (0, max(inner - dim, 0))),
-                   F.pad(g, (0, max(dim - inner, 0))))
+def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float, dim: int, inner: int) -> Tensor:
+    """softmax(s Q Kᵀ) G for q and k (B, M, dim) and g (B, M, inner): (B, M, inner), never written out where fused."""
+    if dim != inner:  # fused kernels take one width; zeros change nothing
+        q, k = F.pad(q, (0, max(inner - dim, 0))), F.pad(k, (0, max(inner - dim, 0)))
+        g = F.pad(g, (0, max(dim - inner, 0)))
     mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), g.unsqueeze(1), scale=scale)
     return mixed.squeeze(1)[:, :, :inner]
 
@@ -95,7 +94,8 @@ class _Nonlocal(nn.Module):
         draw = 'xavier_normal' if init == 'zero' else init
         self.theta = _linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
         self.phi = _linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
-        self.affinity = kernel(inner_dim if kernel.embedded else dim, symmetric, scale, normalize, **dd)
+        self.embed_dim = inner_dim if kernel.embedded else dim
+        self.affinity = kernel(self.embed_dim, symmetric, scale, normalize, **dd)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, (B, M, D) both, from X (B, M, C)."""
@@ -153,7 +153,7 @@ class NonlocalBlock(_Nonlocal):
         if not self.merged:
             mixed = self.affinity.aggregate(self.affinity(q, k), g)
         elif self.affinity.softmax:
-            mixed = _attend(q, k, g, self.affinity.scale)
+            mixed = _attend(q, k, g, self.affinity.scale, self.embed_dim, self.g.out_features)
         else:
             a, right = self.affinity.operator(q, k)
             mixed = self.affinity.aggregate(a, g, right)
@@ -255,5 +255,6 @@ class NonlocalStage(_Nonlocal):
         embeddings = [linear.weight for linear in (self.theta, self.phi) if isinstance(linear, nn.Linear)]
         w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
         return nonlocal_stage(x, embeddings, w_g, w_z, self.affinity.scale, self.recompute)
+
 
 KINDS = {'original': NonlocalBlocks, 'proposed': NonlocalStage}  # both take (dim, k, …)
