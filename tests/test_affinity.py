@@ -26,6 +26,9 @@ def test_equals_its_formula(name):
                 row = row / row.sum()
             elif name == 'dot_product':
                 row = products / M
+            elif name == 'positive_dot_product':
+                row = torch.stack([1 + q[b, i].clamp(min=0) @ k[b, j].clamp(min=0) / D ** 0.5 for j in range(M)])
+                row = row / row.sum()
             elif name == 'concatenation':
                 pairs = torch.stack([torch.cat([q[b, i], k[b, j]]) for j in range(M)])
                 row = (pairs @ affinity.weight.flatten()).clamp(min=0) / M
@@ -51,13 +54,15 @@ def test_rows_are_distributions(name):
     torch.testing.assert_close(a.sum(-1), torch.ones_like(a.sum(-1)), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize('name', ['embedded_gaussian', 'gaussian', 'uniform', 'identity'])
+@pytest.mark.parametrize('name', ['embedded_gaussian', 'gaussian', 'positive_dot_product', 'uniform', 'identity'])
 def test_symmetric_kernel_is_reversible_with_real_spectrum(name):
     """K symmetric: diag(d) A is symmetric, and A has real eigenvalues in [-1, 1]."""
     affinity, q, k = embedded(name, symmetric=True)
     a = affinity(q, k).expand(2, M, M)
     if 'gaussian' in name:
         kernel = (q @ q.transpose(1, 2) / D ** 0.5).exp()
+    elif name == 'positive_dot_product':
+        kernel = 1 + q.relu() @ q.relu().transpose(1, 2) / D ** 0.5
     else:
         kernel = a
     d = kernel.sum(-1, keepdim=True)
@@ -92,3 +97,32 @@ def test_scale_multiplies_the_inner_product():
     q = torch.randn(1, M, D, dtype=torch.float64)
     torch.testing.assert_close(affinity_class('gaussian')(D, scale=2.0)(q, q), torch.softmax(2 * q @ q.mT, -1))
     torch.testing.assert_close(affinity_class('dot_product')(D, scale=2.0)(q, q), 2 * q @ q.mT / M)
+
+
+@pytest.mark.parametrize('name', AFFINITIES)
+def test_operator_applies_like_the_matrix(name):
+    """Values and gradients of both sums."""
+    affinity, q, k = embedded(name)
+    q, k, z = (x.requires_grad_() for x in (q, k, torch.randn(2, M, 5, dtype=torch.float64)))
+    a, right = affinity.operator(q, k)
+    for apply in (affinity.aggregate, affinity.difference):
+        results = apply(affinity(q, k), z), apply(a, z, right)
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+        gradients = [torch.autograd.grad(result.square().sum(), (q, k, z), retain_graph=True, allow_unused=True)
+                     for result in results]
+        for pair in zip(*gradients, strict=True):
+            if None not in pair:
+                torch.testing.assert_close(*pair, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('name', ['dot_product', 'positive_dot_product', 'uniform', 'identity'])
+def test_operator_is_thin(name):
+    affinity, q, k = embedded(name)
+    assert all(part.numel() <= 2 * M * (D + 1) for part in affinity.operator(q, k) if part is not None)
+
+
+def test_positive_dot_product_takes_features_that_are_all_negative():
+    affinity, q, k = embedded('positive_dot_product')
+    torch.testing.assert_close(affinity(-q.abs(), k), torch.full((2, M, M), 1 / M, dtype=torch.float64))
+    with pytest.raises(ValueError, match='scale=-1.0 makes the kernel negative: use a scale of at least 0'):
+        affinity_class('positive_dot_product')(D, scale=-1.0)

@@ -1,14 +1,15 @@
 """How strongly positions relate: kernels K, normalisers C and affinities A = C⁻¹K.
 
-The four pairwise functions of Wang, Girshick, Gupta, He, "Non-local Neural Networks" (CVPR 2018), section 3.2, and
-two controls without which no gain can be called nonlocal. An affinity is a module: `forward(q, k)` gives A from the
-embedded features of the queries and the keys, `aggregate(a, z)` the sum Σⱼ Aᵢⱼ Zⱼ, and `difference(a, z)` the nonlocal
-operator of eq. (14) in Tao, Du, Sun, Liu (NeurIPS 2018), Σⱼ Aᵢⱼ (Zⱼ - Zᵢ).
+The four pairwise functions of Wang, Girshick, Gupta, He, "Non-local Neural Networks" (CVPR 2018), section 3.2, a
+positive one whose cost is linear in the number of positions, and two controls without which no gain can be called
+nonlocal. An affinity is a module: `forward(q, k)` gives A from the embedded features of the queries and the keys,
+`aggregate(a, z)` the sum Σⱼ Aᵢⱼ Zⱼ, and `difference(a, z)` the nonlocal operator of eq. (14) in Tao, Du, Sun, Liu
+(NeurIPS 2018), Σⱼ Aᵢⱼ (Zⱼ - Zᵢ). `operator(q, k)` gives what the two need where that is less than A.
 
 Shapes: B images, M positions, D embedding channels, C channels of whatever A is applied to.
 """
 
-from typing import Optional
+from typing import Final, Optional
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class Affinity(nn.Module):
     """
 
     embedded = True  # learns θ (and φ) in front of the kernel
+    softmax: Final[bool] = False  # A = softmax(s Q Kᵀ), which `ops` and attention kernels apply unwritten
     normalize = 'row_sum'
     reason = ''  # why the other normaliser is refused
 
@@ -60,13 +62,17 @@ class Affinity(nn.Module):
         """A, (B, M, M) or broadcastable to it, from queries and keys, both (B, M, D)."""
         raise NotImplementedError
 
-    def aggregate(self, a: Tensor, z: Tensor) -> Tensor:
-        """Σⱼ Aᵢⱼ Zⱼ, the sum in eq. (1), for a from `forward` and z (B, M, C): (B, M, C)."""
-        return (a @ z).expand_as(z)
+    def operator(self, q: Tensor, k: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """A for `aggregate` and `difference`: (A, None), or L and R of A = L Rᵀ, (B, M, r) both, where r is small."""
+        return self.forward(q, k), None
 
-    def difference(self, a: Tensor, z: Tensor) -> Tensor:
-        """Σⱼ Aᵢⱼ (Zⱼ - Zᵢ), eq. (14), for a from `forward` and z (B, M, C): (B, M, C)."""
-        return a @ z - z  # rows of A sum to one
+    def aggregate(self, a: Tensor, z: Tensor, right: Optional[Tensor] = None) -> Tensor:
+        """Σⱼ Aᵢⱼ Zⱼ, the sum in eq. (1), for A from `forward`, or L and R from `operator`; z (B, M, C): (B, M, C)."""
+        return (a @ (z if right is None else right.transpose(1, 2) @ z)).expand_as(z)
+
+    def difference(self, a: Tensor, z: Tensor, right: Optional[Tensor] = None) -> Tensor:
+        """Σⱼ Aᵢⱼ (Zⱼ - Zᵢ), eq. (14), for A from `forward`, or L and R from `operator`; z (B, M, C): (B, M, C)."""
+        return self.aggregate(a, z, right) - z  # rows of A sum to one
 
     def extra_repr(self) -> str:
         return f'scale={self.scale:.4g}, normalize={self.normalize}'
@@ -76,6 +82,7 @@ class Gaussian(Affinity):
     """ω(xᵢ, xⱼ) = exp(s xᵢ·xⱼ) over its row sum: a softmax over the keys. s defaults to 1/√D."""
 
     embedded = False
+    softmax: Final[bool] = True
     reason = 'exp grows without bound, and only its row sum keeps it finite'
 
     @staticmethod
@@ -109,23 +116,79 @@ class Identity(Affinity):
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.eye(q.shape[1], device=q.device, dtype=q.dtype).unsqueeze(0)  # (1, M, M)
 
+    def operator(self, q: Tensor, k: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        return q, None  # nothing is needed
+
+    def aggregate(self, a: Tensor, z: Tensor, right: Optional[Tensor] = None) -> Tensor:
+        return z
+
 
 class PerPosition(Affinity):
     """Kernels normalised by M, as Wang et al. do. Their rows need not sum to one, so eq. (14) takes off the row sum."""
 
     normalize = 'positions'
 
-    def difference(self, a: Tensor, z: Tensor) -> Tensor:
-        return a @ z - a.sum(dim=-1, keepdim=True) * z  # (KZ)ᵢ/Cᵢ - (dᵢ/Cᵢ) Zᵢ
+    def difference(self, a: Tensor, z: Tensor, right: Optional[Tensor] = None) -> Tensor:
+        row_sum = self.aggregate(a, torch.ones_like(z[:, :, :1]), right)
+        return self.aggregate(a, z, right) - row_sum * z  # (KZ)ᵢ/Cᵢ - (dᵢ/Cᵢ) Zᵢ
 
 
-class DotProduct(PerPosition):
-    """ω(xᵢ, xⱼ) = s θ(xᵢ)·φ(xⱼ) over M. s defaults to 1."""
+class ProductOfFeatures(Affinity):
+    """A = L Rᵀ for two features of every position, (B, M, r) both: it need not be written out."""
 
-    reason = 'a dot product takes both signs, so its row sums come near zero or below it'
+    def factors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """L and R."""
+        raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return (with_room(q) * (self.scale / q.shape[1])) @ k.transpose(1, 2)  # (B, M, M)
+        left, right = self.factors(with_room(q), k)
+        return left @ right.transpose(1, 2)  # (B, M, M)
+
+    def operator(self, q: Tensor, k: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        left, right = self.factors(q, k)
+        return left, right
+
+
+class DotProduct(ProductOfFeatures, PerPosition):
+    """ω(xᵢ, xⱼ) = s θ(xᵢ)·φ(xⱼ) over M. s defaults to 1."""
+
+    reason = 'a dot product takes both signs, so its row sums come near zero or below it; positive_dot_product has one'
+
+    def factors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q * self.scale, k / q.shape[1]
+
+
+class PositiveDotProduct(ProductOfFeatures):
+    """ω(xᵢ, xⱼ) = 1 + s ReLU(θ(xᵢ))·ReLU(φ(xⱼ)) over its row sum. s defaults to 1/√D.
+
+    A product of the non-negative features [1, √s ReLU(·)]. Its row sums are never below M, so that no input brings
+    them near zero; without the 1, a row whose features are all negative would have none.
+    """
+
+    reason = 'its row sum is what makes the rows of A sum to one'
+
+    def __init__(
+            self,
+            dim: int,
+            symmetric: bool = False,
+            scale: Optional[float] = None,
+            normalize: Optional[str] = None,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__(dim, symmetric, scale, normalize)
+        if self.scale < 0:
+            raise ValueError(f'scale={scale} makes the kernel negative: use a scale of at least 0')
+
+    @staticmethod
+    def default_scale(dim: int) -> float:
+        return dim ** -0.5
+
+    def factors(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = F.pad(F.relu(q) * self.scale, (0, 1), value=1.0), F.pad(F.relu(k), (0, 1), value=1.0)
+        wide = torch.promote_types(left.dtype, torch.float32)
+        mean = (left * right.mean(dim=1, keepdim=True, dtype=wide)).sum(dim=2, keepdim=True)  # Cᵢ / M, at least 1
+        return left / mean.to(left.dtype), right / q.shape[1]
 
 
 class Concatenation(PerPosition):
@@ -159,6 +222,7 @@ AFFINITIES = {
     'embedded_gaussian': EmbeddedGaussian,
     'gaussian': Gaussian,
     'dot_product': DotProduct,
+    'positive_dot_product': PositiveDotProduct,
     'concatenation': Concatenation,
     'uniform': Uniform,
     'identity': Identity,

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .affinity import affinity_class
+from .ops import nonlocal_stage
+
+torch.fx.wrap('nonlocal_stage')  # symbolic tracing records the call, and the device and dtype are known when it runs
 
 INITS = ('xavier_normal', 'kaiming_normal', 'torch', 'normal', 'zero')
 
@@ -50,8 +53,22 @@ def _positions(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
 
 
+def _only_plain_tensor_code() -> bool:
+    """A graph is being made that other runtimes read: it should hold no operator of ours."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def _grid(z: Tensor, like: Tensor) -> Tensor:
     return z.transpose(1, 2).reshape(like.shape)  # (B, M, C) -> (B, C, *grid)
+
+
+def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float, dim: int, inner: int) -> Tensor:
+    """softmax(s Q Kᵀ) G for q and k (B, M, dim) and g (B, M, inner): (B, M, inner), never written out where fused."""
+    if dim != inner:  # fused kernels take one width; zeros change nothing
+        q, k = F.pad(q, (0, max(inner - dim, 0))), F.pad(k, (0, max(inner - dim, 0)))
+        g = F.pad(g, (0, max(dim - inner, 0)))
+    mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), g.unsqueeze(1), scale=scale)
+    return mixed.squeeze(1)[:, :, :inner]
 
 
 class SubBlock(nn.Module):
@@ -77,12 +94,17 @@ class _Nonlocal(nn.Module):
         draw = 'xavier_normal' if init == 'zero' else init
         self.theta = _linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
         self.phi = _linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
-        self.affinity = kernel(inner_dim if kernel.embedded else dim, symmetric, scale, normalize, **dd)
+        self.embed_dim = inner_dim if kernel.embedded else dim
+        self.affinity = kernel(self.embed_dim, symmetric, scale, normalize, **dd)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, (B, M, D) both, from X (B, M, C)."""
+        q = self.theta(x)
+        return q, q if self.phi is None else self.phi(x)
 
     def relate(self, x: Tensor) -> Tensor:
         """A(X), (B, M, M) or broadcastable to it, from X (B, M, C)."""
-        q = self.theta(x)
-        k = q if self.phi is None else self.phi(x)
+        q, k = self.embed(x)
         return self.affinity(q, k)
 
 
@@ -97,6 +119,7 @@ class NonlocalBlock(_Nonlocal):
         scale: factor on the kernel's inner product; None takes the kernel's default (1/√C' for the Gaussians).
         normalize: 'row_sum', 'positions' or None for the kernel's own.
         init: how θ, φ, W_g and W_Z are drawn, one of `INITS`; 'zero' zeroes W_Z, so that the block is the identity.
+        merged: apply A without writing it out where the kernel allows it (exact); False follows eq. (1) literally.
 
     Raises:
         ValueError: an odd dim without inner_dim, an unknown name, or a normaliser that the kernel does not have.
@@ -111,6 +134,7 @@ class NonlocalBlock(_Nonlocal):
             scale: Optional[float] = None,
             normalize: Optional[str] = None,
             init: str = 'xavier_normal',
+            merged: bool = True,
             device=None,
             dtype=None,
     ):
@@ -119,11 +143,20 @@ class NonlocalBlock(_Nonlocal):
         super().__init__(dim, inner_dim, affinity, symmetric, scale, normalize, init, dd)
         weight = SubBlock(dim, inner_dim, init, **dd)
         self.g, self.z = weight.g, weight.z
+        self.merged = merged
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
         tokens = _positions(x)
-        mixed = self.affinity.aggregate(self.relate(tokens), self.g(tokens))  # (B, M, C')
+        q, k = self.embed(tokens)
+        g = self.g(tokens)  # (B, M, C')
+        if not self.merged:
+            mixed = self.affinity.aggregate(self.affinity(q, k), g)
+        elif self.affinity.softmax:
+            mixed = _attend(q, k, g, self.affinity.scale, self.embed_dim, self.g.out_features)
+        else:
+            a, right = self.affinity.operator(q, k)
+            mixed = self.affinity.aggregate(a, g, right)
         return x + _grid(self.z(mixed), x)  # eq. (1)
 
 
@@ -151,7 +184,10 @@ class NonlocalStage(_Nonlocal):
     Args:
         dim: C, the number of channels.
         k: the number of sub-blocks, at least 1.
-        merged: compute with everything inside the stage C' wide (exact); False follows eq. (8) literally.
+        merged: compute with everything inside the stage C' wide and A not written out where the kernel allows it
+            (exact); False follows eq. (8) literally.
+        recompute: keep only the stage's input for the backward pass, which then takes the time of a forward pass
+            more (merged stages with a softmax affinity, which keep no M×M matrix in any case).
         inner_dim, affinity, symmetric, scale, normalize, init: as in `NonlocalBlock`.
 
     Raises:
@@ -169,6 +205,7 @@ class NonlocalStage(_Nonlocal):
             normalize: Optional[str] = None,
             init: str = 'xavier_normal',
             merged: bool = True,
+            recompute: bool = False,
             device=None,
             dtype=None,
     ):
@@ -176,13 +213,17 @@ class NonlocalStage(_Nonlocal):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(dim, inner_dim, affinity, symmetric, scale, normalize, init, dd)
         self.sub_blocks = nn.ModuleList(SubBlock(dim, inner_dim, init, **dd) for _ in range(_positive('k', k)))
-        self.merged = merged
+        self.merged, self.recompute = merged, recompute
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
         tokens = _positions(x)
-        a = self.relate(tokens)
-        return x + _grid(self._merged(a, tokens) if self.merged else self._plain(a, tokens), x)
+        if not self.merged:
+            return x + _grid(self._plain(self.relate(tokens), tokens), x)
+        if not torch.jit.is_scripting():
+            if self.affinity.softmax and not _only_plain_tensor_code():
+                return _grid(self._fused(tokens), x)
+        return x + _grid(self._merged(tokens), x)
 
     def _plain(self, a: Tensor, x: Tensor) -> Tensor:
         """Zᵏ - X as the paper writes it. a (B, M, M), x (B, M, C)."""
@@ -191,21 +232,29 @@ class NonlocalStage(_Nonlocal):
             z = z + sub_block(self.affinity.difference(a, z))  # eq. (8)
         return z - x
 
-    def _merged(self, a: Tensor, x: Tensor) -> Tensor:
+    def _merged(self, x: Tensor) -> Tensor:
         """Zᵏ - X with A applied to C' channels: A acts on positions and W on channels, so the two commute.
 
         With Gᵐ = Zᵐ W_gᵐᵀ and Hⁿ = A Gⁿ - Gⁿ, eq. (8) reads Zⁿ⁺¹ = Zⁿ + Hⁿ W_Zⁿᵀ: no Zⁿ between X and Zᵏ is needed.
         """
+        q, k = self.embed(x)
+        a, right = self.affinity.operator(q, k)
         w_g = [sub_block.g.weight for sub_block in self.sub_blocks]  # k of (C', C)
         w_z = [sub_block.z.weight for sub_block in self.sub_blocks]  # k of (C, C')
         wide, inner = F.linear(x, torch.cat(w_g)), w_g[0].shape[0]
         g = [wide.narrow(-1, m * inner, inner) for m in range(len(w_g))]  # X W_gᵐᵀ for all m, k of (B, M, C')
         h = []
         for n in range(len(g)):
-            h.append(self.affinity.difference(a, g[n]))
+            h.append(self.affinity.difference(a, g[n], right))
             for m in range(n + 1, len(g)):
                 g[m] = g[m] + F.linear(h[n], w_g[m] @ w_z[n])  # (C', C')
         return F.linear(torch.cat(h, dim=-1), torch.cat(w_z, dim=1))  # Σ Hⁿ W_Zⁿᵀ, (B, M, C)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """Zᵏ as `_merged` has it, by one operator that keeps no A for the backward pass."""
+        embeddings = [linear.weight for linear in (self.theta, self.phi) if isinstance(linear, nn.Linear)]
+        w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
+        return nonlocal_stage(x, embeddings, w_g, w_z, self.affinity.scale, self.recompute)
 
 
 KINDS = {'original': NonlocalBlocks, 'proposed': NonlocalStage}  # both take (dim, k, …)

@@ -1,0 +1,159 @@
+"""The Triton kernels: on a GPU as they are, elsewhere through Triton's interpreter, in a process of its own.
+
+The interpreter must be chosen before Triton is imported, so `test_ops.py` runs this file again with TRITON_INTERPRET=1.
+"""
+
+import os
+
+import pytest
+import torch
+from numerics import TOLERANCE, chain_in_float64, relative
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip('no CUDA device; test_ops.py runs this file through the interpreter', allow_module_level=True)
+DEVICE = 'cpu' if INTERPRETED else 'cuda'
+DTYPES = [torch.bfloat16, torch.float16] + [torch.float32] * INTERPRETED  # tensor cores would round float32
+CASES = [*((dtype, 5.0, False) for dtype in DTYPES), (torch.bfloat16, 100.0, False), (torch.bfloat16, 100.0, True)]
+
+
+@pytest.fixture(autouse=True)
+def fresh(seeded):
+    """Replaces the fixed seed by a new one, which a failing test shows."""
+    print('torch.manual_seed', torch.seed())
+
+
+@pytest.fixture(autouse=True, scope='module')
+def bfloat16_in_the_interpreter():
+    """The interpreter cuts bfloat16 off where a GPU rounds to nearest, and multiplies its bits as whole numbers."""
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounding_cast(self, source, to):
+        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, to)
+        rounded = torch.from_numpy(source.data.copy()).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.uint16).numpy(), to.scalar)
+
+    def wide_dot(self, a, b, *others):
+        a, b = (cast(self, z, tl.float32) if z.dtype.scalar == tl.bfloat16 else z for z in (a, b))
+        return dot(self, a, b, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, 'cast_impl', rounding_cast)
+        patch.setattr(InterpreterBuilder, 'create_dot', wide_dot)
+        yield
+
+
+def operands(dtype, images, positions, dim, inner, k):
+    """Q, K, G⁰ as views of one tensor, T and dH."""
+    projected = torch.randn(images, positions, 2 * dim + k * inner, device=DEVICE).to(dtype)
+    t = (torch.randn(k * inner, k * inner, device=DEVICE) / (2 * inner ** 0.5)).to(dtype)
+    dh = torch.randn(images, positions, k * inner, device=DEVICE).to(dtype)
+    return projected, t, dh
+
+
+def split(projected, dim):
+    return projected[:, :, :dim], projected[:, :, dim:2 * dim], projected[:, :, 2 * dim:]
+
+
+def chain(projected, t, dh, dim, inner, scale, deterministic=False):
+    """H, dQ, dK and dG⁰; every output starts as NaN."""
+    from timm_nonlocal.ops_triton import TritonChain
+    own = TritonChain(projected, projected.shape[1], inner, scale)
+    projected, dh = projected.clone(), dh.clone()
+    nan = float('nan')
+    h = torch.full((*dh.shape[:2], own.halves * dh.shape[2]), nan, dtype=dh.dtype, device=DEVICE)
+    rows = torch.full((*dh.shape[:2], own.statistics), nan, device=DEVICE)
+    gradient = torch.full_like(projected, nan)
+    own.forward(*split(projected, dim), h, rows, t)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        own.backward(*split(projected, dim), h, rows, t, dh, *split(gradient, dim))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return h[:, :, :dh.shape[2]], *split(gradient, dim)
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+@pytest.mark.parametrize(('images', 'positions', 'dim', 'inner', 'k'), [
+    (2, 64, 32, 32, 5),  # tiles that fit
+    (1, 150, 32, 32, 2),  # rows left over
+    (2, 37, 24, 20, 3),  # and columns
+    (1, 70, 64, 16, 1),
+    (1, 33, 16, 40, 6),  # too many maps to hold
+    (1, 33, 128, 128, 2),
+])
+def test_accuracy(case, images, positions, dim, inner, k):
+    dtype, logits, deterministic = case
+    projected, t, dh = operands(dtype, images, positions, dim, inner, k)
+    q, keys, g = split(projected, dim)
+    scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
+    expected = chain_in_float64(q, keys, g, t, inner, scale, dh)
+    got = chain(projected, t, dh, dim, inner, scale, deterministic)
+    for name, a, b in zip(('H', 'dQ', 'dK', 'dG'), got, expected, strict=True):
+        assert a.isfinite().all(), name
+        assert relative(a, b) <= TOLERANCE[dtype], (name, relative(a, b))
+
+
+def test_deterministic_runs_agree_in_every_bit():
+    projected, t, dh = operands(torch.bfloat16, 2, 100, 32, 32, 2)
+    first, second = (chain(projected, t, dh, 32, 32, 0.2, deterministic=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('positions', [1, 96])
+def test_inputs_without_differences(dtype, positions):
+    """H = 0; the errors of what is zero are measured against what cancels."""
+    projected, t, dh = operands(dtype, 2, positions, 32, 32, 2)
+    projected[:] = projected[:, :1]
+    expected = chain_in_float64(*split(projected, 32), t, 32, 0.2, dh)
+    h, dq, dk, dg = chain(projected, t, dh, 32, 32, 0.2)
+    assert h.double().norm() <= TOLERANCE[dtype] * projected.double().norm()
+    assert (dg.double() - expected[3]).norm() <= TOLERANCE[dtype] * dh.double().norm()
+    for z in (dq, dk):
+        assert z.double().norm() <= TOLERANCE[dtype] * projected.double().norm() * dh.double().norm()
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_constants_are_fixed_points(dtype):
+    """A rounded to 16 bits still has rows that sum to one: where G is constant, H vanishes as in float32."""
+    projected, t, dh = operands(dtype, 1, 100, 32, 32, 1)
+    projected[:, :, 64:] = projected[:, :1, 64:]
+    h = chain(projected, t, dh, 32, 32, 1.0)[0]
+    assert h.abs().max() <= 1e-5 * projected[:, :, 64:].abs().max()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16] + [torch.float32] * INTERPRETED)
+@pytest.mark.parametrize('size', [1e-30, 1e6, 1e15])
+def test_no_nan_where_the_logits_are_finite(dtype, size):
+    projected, t, dh = operands(dtype, 1, 40, 16, 16, 2)
+    projected[:, :, :32] *= size
+    projected[:, 3] = 0
+    assert all(z.isfinite().all() for z in chain(projected, t, dh, 16, 16, 0.25))
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('options', [dict(), dict(symmetric=True), dict(affinity='gaussian', scale=0.02)], ids=str)
+def test_stage(monkeypatch, recompute, options):
+    """The whole operator with this chain, some images at a time."""
+    from timm_nonlocal import NonlocalStage, ops
+    from timm_nonlocal.ops_triton import TritonChain
+    monkeypatch.setattr(ops, 'choose_chain', lambda *_: TritonChain)
+    monkeypatch.setattr(ops, 'FRUGAL_BYTES', 1 << 18)
+    module = NonlocalStage(32, 2, recompute=recompute, **options).to(DEVICE, torch.bfloat16)
+    x = torch.randn(5, 32, 6, 7, dtype=torch.bfloat16, device=DEVICE)
+    exact = NonlocalStage(32, 2, merged=False, dtype=torch.float64, device=DEVICE, **options)
+    exact.load_state_dict(module.state_dict())
+    dz = torch.randn_like(x)
+    results = []
+    for stage, dtype in ((module, torch.bfloat16), (exact, torch.float64)):
+        z = stage(leaf := x.to(dtype).requires_grad_())
+        results.append([z.detach(), *torch.autograd.grad(z, [leaf, *stage.parameters()], dz.to(dtype))])
+    for a, b in zip(*results, strict=True):
+        assert relative(a, b) <= 1e-2
