@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from timm_nonlocal import spectrum
 from timm_nonlocal.checkpoint import CheckpointError, Options, load_pickle, near_names, open_target
 from timm_nonlocal.layouts import find
 from timm_nonlocal.tensorfile import HubError, UnsafePickleError
-from train.run_dir import save_model
 
 NAME = 'preresnet20_nl_proposed_k2'
 
@@ -37,7 +37,7 @@ def same_numbers(source, model):
 
 
 def test_folder_of_a_run(model, tmp_path):
-    save_model(tmp_path, model)
+    save_for_hf(model, tmp_path, safe_serialization=True)
     for target in (str(tmp_path), f'local-dir:{tmp_path}'):
         source = open_target(target)
         assert same_numbers(source, model)

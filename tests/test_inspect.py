@@ -14,11 +14,11 @@ import timm
 import torch
 from range_server import COMMITS, serving
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 
 from conftest import ROOT, run
 from timm_nonlocal import NonlocalBlocks, spectrum
 from timm_nonlocal.inspect import main
-from train.run_dir import save_model
 
 GOLDEN = Path(__file__).with_name('golden') / 'inspect.json'
 
@@ -173,7 +173,8 @@ def test_stability(inspect, weights):
 
 
 def test_data_dir(inspect, small_cifar_here, tmp_path):
-    save_model(tmp_path, timm.create_model('preresnet20_nl_proposed_k2', nl_args={'symmetric': True}))
+    model = timm.create_model('preresnet20_nl_proposed_k2', nl_args={'symmetric': True})
+    save_for_hf(model, tmp_path, safe_serialization=True)
     arguments = (tmp_path, '--data-dir', small_cifar_here, '--num-images', 2)
     code, out, err = inspect(*arguments, '-q')
     assert (code, err) == (0, '')

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from .affinity import affinity_class
 from .ops import nonlocal_stage
 
-torch.fx.wrap('nonlocal_stage')  # symbolic tracing records the call, and the device and dtype are known when it runs
-
 INITS = ('xavier_normal', 'kaiming_normal', 'torch', 'normal', 'zero')
 
 
@@ -53,9 +51,9 @@ def _positions(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
 
 
-def _only_plain_tensor_code() -> bool:
+def _only_plain_tensor_code(x: Tensor) -> bool:
     """A graph is being made that other runtimes read: it should hold no operator of ours."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return isinstance(x, torch.fx.Proxy) or x.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def _grid(z: Tensor, like: Tensor) -> Tensor:
@@ -221,7 +219,7 @@ class NonlocalStage(_Nonlocal):
         if not self.merged:
             return x + _grid(self._plain(self.relate(tokens), tokens), x)
         if not torch.jit.is_scripting():
-            if self.affinity.softmax and not _only_plain_tensor_code():
+            if self.affinity.softmax and not _only_plain_tensor_code(x):
                 return _grid(self._fused(tokens), x)
         return x + _grid(self._merged(tokens), x)
 
