@@ -45,7 +45,8 @@ def insert(
     it, and tokens (B, M, C) are known apart. Insert before `torch.compile`, DDP, and building the optimizer.
 
     Args:
-        model: any network whose modules of those names give one tensor each; changed in place.
+        model: any network whose modules of those names give one tensor each; changed in place. A module that runs
+            several times, such as a head on every level of a feature pyramid, applies its part every time.
         after: module names as in `model.named_modules()`; the last one in it stands for an `nn.Sequential`.
         kind: 'proposed' (eq. (8)) or 'original' (eq. (1)).
         k: the number of sub-blocks or blocks at each place.
@@ -141,7 +142,8 @@ def _output_shapes(model: nn.Module, targets: dict[nn.Module, str], example: Opt
     except Exception as error:
         if not all(shapes.values()):
             shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-            raise ValueError(f'the model does not take {shape}: give what it takes as example=… ({error})') from error
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f'the model does not take {shape}: give what it takes as example=… ({reason})') from error
     finally:
         for handle in handles:
             handle.remove()
