@@ -17,11 +17,12 @@ from torch.utils.flop_counter import register_flop_formula
 from .ops_products import ProductChain
 
 FRUGAL_BYTES = 48 << 20  # what a chunk of images may take where nothing but x is kept
+USE_TRITON = True  # False chooses matrix products on every device
 
 
 def choose_chain(weight: Tensor, dim: int, inner: int) -> type:
     """The fastest chain for a device and dtype, D and C': kernels of our own on a GPU, else matrix products."""
-    if weight.is_cuda and (chain := _triton_chain()) and chain.supports(weight, dim, inner):
+    if USE_TRITON and weight.is_cuda and (chain := _triton_chain()) and chain.supports(weight, dim, inner):
         return chain
     return ProductChain
 

@@ -1,0 +1,99 @@
+"""Accuracy against float64, on inputs drawn anew each time."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_nonlocal import NonlocalBlock, NonlocalStage
+from timm_nonlocal.ops_products import ProductChain
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """‖a - b‖ / ‖b‖ for b in float64."""
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+def outputs(module: nn.Module, x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Z, dX and the gradient of all weights as one vector."""
+    x = x.detach().requires_grad_()
+    z = module(x)
+    dx, *dw = torch.autograd.grad(z, [x, *module.parameters()], dz.to(z.dtype))
+    return z.detach(), dx, torch.cat([w.flatten() for w in dw])
+
+
+def reference(module: nn.Module, x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the plain path in float64."""
+    module = copy.deepcopy(module).double()
+    module.merged = False
+    return outputs(module, x.double(), dz.double())
+
+
+def chain_in_float64(q: Tensor, k: Tensor, g: Tensor, t: Tensor, inner: int, scale: float, dh: Tensor):
+    """H, dQ, dK and dG⁰ of the chain of `timm_nonlocal.ops_products`, from its definition."""
+    q, k, g = (z.detach().double().requires_grad_() for z in (q, k, g))
+    a, h = torch.softmax(scale * q @ k.transpose(1, 2), dim=-1), []
+    for n in range(0, g.shape[2], inner):
+        g_n = g[:, :, n:n + inner]
+        if n:
+            g_n = g_n + torch.cat(h, dim=2) @ t[n:n + inner, :n].double().T
+        h.append(a @ g_n - g_n)
+    h = torch.cat(h, dim=2)
+    return h.detach(), *torch.autograd.grad(h, (q, k, g), dh.double())
+
+
+def run_chain(kind: type[ProductChain], projected: Tensor, t: Tensor, dh: Tensor, dim: int, inner: int, scale: float):
+    """The same by a chain, from Q, K and G⁰ side by side, (b, M, 2 D + k C'). Every output starts as NaN."""
+    widths = dim, dim, dh.shape[2]
+    chain = kind(projected, projected.shape[1], inner, scale)
+    projected, dh, gradient = projected.to(chain.dtype, copy=True), dh.to(chain.dtype, copy=True), None
+    gradient = torch.full_like(projected, float('nan'))
+    h = projected.new_full((*dh.shape[:2], chain.halves * dh.shape[2]), float('nan'))
+    rows = projected.new_full((*dh.shape[:2], chain.statistics), float('nan'), dtype=torch.float32)
+    t = t.to(chain.dtype)
+    chain.forward(*projected.split(widths, dim=2), h, rows, t)
+    chain.backward(*projected.split(widths, dim=2), h, rows, t, dh, *gradient.split(widths, dim=2))
+    return h[:, :, :dh.shape[2]], *gradient.split(widths, dim=2)
+
+
+def draw_chain(dtype: torch.dtype, device: torch.device, images: int, positions: int, dim: int, inner: int, k: int,
+               logits: float):
+    """Q, K and G⁰ side by side, T, dH, and the scale that brings the largest logit to the size asked for."""
+    projected = torch.randn(images, positions, 2 * dim + k * inner, device=device).to(dtype)
+    t = (torch.randn(k * inner, k * inner, device=device) / (2 * inner ** 0.5)).to(dtype)
+    dh = torch.randn(images, positions, k * inner, device=device).to(dtype)
+    q, keys, _ = projected.double().split((dim, dim, k * inner), dim=2)
+    return projected, t, dh, logits / (q @ keys.transpose(1, 2)).abs().max().item()
+
+
+def checks(device: torch.device, chains: list[type[ProductChain]]) -> list[dict[str, Any]]:
+    """Rows of what was checked, the largest relative error among the outputs, and the tolerance."""
+    found = []
+
+    def add(what: str, dtype: torch.dtype, got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+        error = max(relative(a, b) for a, b in zip(got, expected, strict=True))
+        found.append({'what': f'{what}, {str(dtype).removeprefix("torch.")}', 'error': error,
+                      'tolerance': TOLERANCE[dtype], 'right': error <= TOLERANCE[dtype]})  # NaN is wrong
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, k in (((2, 64, 32, 32), 5), ((3, 64, 7, 11), 2), ((1, 64, 56, 56), 1)):
+            x = torch.randn(shape, device=device).to(dtype)
+            dz = torch.randn_like(x)
+            for make in (NonlocalStage(64, k), NonlocalStage(64, k, recompute=True), NonlocalBlock(64)):
+                module = make.to(device, dtype)
+                name = type(module).__name__ + ' recomputed' * getattr(module, 'recompute', False)
+                add(f'{name}, k = {k}, M = {shape[2] * shape[3]}', dtype, outputs(module, x, dz),
+                    reference(module, x, dz))
+        for chain in chains:
+            if chain is not ProductChain and dtype == torch.float32:
+                continue
+            for positions, logits in ((1024, 100.0), (333, 100.0), (200, 5.0)):
+                projected, t, dh, scale = draw_chain(dtype, device, 2, positions, 32, 32, 3, logits)
+                q, keys, g = projected.split((32, 32, 96), dim=2)
+                add(f'{chain.__name__}, logits to {logits:g}, M = {positions}', dtype,
+                    run_chain(chain, projected, t, dh, 32, 32, scale),
+                    chain_in_float64(q, keys, g, t, 32, scale, dh))
+    return found

@@ -1,0 +1,57 @@
+"""What a step of the stage has to do at least, and how long the machine needs for that."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.stage.contenders import CHANNELS, Case
+from benchmarks.stage.measure import milliseconds
+
+
+def counts(case: Case) -> dict[str, float]:
+    """Of forward + backward with A made from Q and K whenever it is used, which is what keeps it out of memory.
+
+    A is used k times forward, k times backward and once in the closing pass: each time one product of width D and M²
+    exponentials; besides, k products of width C' forward, k backward, k for dA, and two of width D for dQ and dK.
+    What moves at least: X and dZ read, Zᵏ and dX written, once each.
+    """
+    inner, pairs = CHANNELS // 2, case.images * case.side ** 4
+    maps = case.images * case.side ** 2 * CHANNELS * inner * (2 + 2 * case.k) * 3
+    nested = case.images * case.side ** 2 * inner ** 2 * (case.k * (case.k - 1) // 2) * 3
+    itemsize = getattr(torch, case.dtype).itemsize
+    return {'flop': 2.0 * (pairs * inner * ((2 * case.k + 1) + 3 * case.k + 2) + maps + nested),
+            'exponentials': float((2 * case.k + 1) * pairs),
+            'bytes': 4.0 * case.images * case.side ** 2 * CHANNELS * itemsize}
+
+
+def ceilings(device: torch.device) -> dict[str, Any]:
+    """Rates seen on the machine: copies (read and written) in B/s, matrix products in FLOP/s by dtype, exponentials
+    per second (on a GPU by count: 16 a clock and multiprocessor)."""
+    gpu = device.type == 'cuda'
+
+    def fastest(function, count: int) -> float:
+        function()
+        return min(milliseconds(function, device) for _ in range(count)) / 1000
+
+    x, y = (torch.empty(2 ** 31 if gpu else 2 ** 26, dtype=torch.uint8, device=device).random_() for _ in range(2))
+    found: dict[str, Any] = {'copy': 2 * x.nbytes / fastest(lambda: y.copy_(x), 10), 'product': {}}
+    for dtype in (torch.bfloat16, torch.float32):
+        size = 8192 if gpu else 1024
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        found['product'][str(dtype).removeprefix('torch.')] = 2 * size ** 3 / fastest(lambda a=a, b=b: a @ b, 10)
+    if gpu:
+        properties = torch.cuda.get_device_properties(device)
+        clock = getattr(properties, 'clock_rate', 1_755_000) * 1000  # kHz
+        found['exponential'] = 16.0 * properties.multi_processor_count * clock
+    else:
+        a, b = torch.randn(2 ** 18), torch.empty(2 ** 18)
+        found['exponential'] = a.numel() / fastest(lambda: torch.exp(a, out=b), 50)
+    return found
+
+
+def floor(case: Case, ceilings: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds by each ceiling; the longest is the roofline."""
+    need = counts(case)
+    return {'flop': 1000 * need['flop'] / ceilings['product'][case.dtype],
+            'exponentials': 1000 * need['exponentials'] / ceilings['exponential'],
+            'bytes': 1000 * need['bytes'] / ceilings['copy']}
