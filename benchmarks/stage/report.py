@@ -23,8 +23,8 @@ def comparison(entry: dict[str, Any]) -> list[str]:
     """A table of one case: a line for each contender, with its ratios to ours."""
     rows = entry['results']
     ours = rows.get('ours', {})
-    lines = [f'### {entry["name"]}', '',
-             '| | forward ms | forward + backward ms | as a graph ms | × ours | extra MB | × ours |', '| --- ' * 7 + '|']
+    head = '| | forward ms | forward + backward ms | as a graph ms | × ours | extra MB | × ours |'
+    lines = [f'### {entry["name"]}', '', head, '| --- ' * 7 + '|']
     for name, row in rows.items():
         if 'failed' in row:
             lines.append(f'| {name} | {row["failed"]} | | | | | |')
