@@ -286,9 +286,12 @@ def test_graphs_for_other_runtimes_hold_plain_operators(make, affinity):
         assert 'timm_nonlocal::' not in str(graph) and 'timm_nonlocal.stage' not in str(graph)
 
 
-def test_symbolic_tracing_keeps_the_operator():
-    graph = torch.fx.symbolic_trace(NonlocalStage(C, 2)).graph
-    assert nonlocal_stage in [node.target for node in graph.nodes]
+def test_symbolic_tracing_writes_the_plain_formulas():
+    """So that the traced graph can be scripted."""
+    module, x = NonlocalStage(C, 2), torch.randn(2, C, 3, 4)
+    traced = torch.fx.symbolic_trace(module)
+    assert nonlocal_stage not in [node.target for node in traced.graph.nodes]
+    torch.testing.assert_close(torch.jit.script(traced)(x), module(x))
 
 
 @pytest.mark.parametrize('affinity', ['dot_product', 'positive_dot_product', 'uniform', 'identity'])
