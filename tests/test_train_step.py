@@ -12,7 +12,7 @@ import timm_nonlocal  # noqa: F401
 from conftest import ROOT, run
 from train.data import batch, epoch_plan
 from train.pool import WARM_UP, Pool
-from train.runs import Run
+from train.runs import Run, surroundings
 from train.step import Learner, Recipe, autocast, compiled_loss, loss_of
 from training import random_images, same_tensors
 
@@ -202,6 +202,12 @@ def test_two_processes_share_a_plan_and_its_gradients(monkeypatch):
     assert len(lines) == 4, result.stdout  # two processes, two cases
     for error, loss, same_plan in lines:
         assert float(error) < 1e-12 and float(loss) < 1e-6 and same_plan == 'True', lines
+
+
+def test_the_commit_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.setenv('GIT_COMMIT', 'abc')
+    assert surroundings(torch.device('cpu'))['commit'] == 'abc'
 
 
 @pytest.mark.slow

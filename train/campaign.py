@@ -124,7 +124,7 @@ class Campaign:
                 break
             try:
                 self._train_or_halve(group, stop)
-            except (RunError, DataError, ValueError):
+            except (RunError, DataError):
                 raise
             except Exception as error:  # one that fails must not cost the others their time
                 self.failed += [run.name for run in group]
@@ -133,15 +133,17 @@ class Campaign:
 
     def _train_or_halve(self, group: list[Run], stop: Stop) -> None:
         try:
-            self._train(group, stop)
+            return self._train(group, stop)
         except torch.OutOfMemoryError:
             if len(group) == 1 or state.exists(self.pack.state_path(group[0])):
                 raise
-            print(f'not enough memory for {len(group)} at once: half of them', flush=True)
-            half = (len(group) + 1) // 2
-            for part in (group[:half], group[half:]):
-                if not stop.reason:
-                    self._train_or_halve(part, stop)
+        print(f'not enough memory for {len(group)} at once: half of them', flush=True)
+        half = (len(group) + 1) // 2
+        for part in (group[:half], group[half:]):  # outside of `except`, whose traceback keeps what did not fit
+            gc.collect()
+            torch.cuda.empty_cache()
+            if not stop.reason:
+                self._train_or_halve(part, stop)
 
     def _train(self, group: list[Run], stop: Stop) -> None:
         """One group, from its state if it has one, to its end or a cut."""
@@ -156,8 +158,8 @@ class Campaign:
         print(f'training from epoch {done + 1}: {names}', flush=True)
         count = len(trainer.train_set)
         with Bar(trainer.epochs * count, done * count, enabled=sys.stderr.isatty()) as bar:
-            finished = trainer.run(stop, lambda *kept: state.save(path, *kept), self.args.save_seconds, bar)
-        if finished:
+            stopped = trainer.run(stop, lambda *kept: state.save(path, *kept), self.args.save_seconds, bar)
+        if not stopped:
             results = [({**record, 'kind': row.kind, 'part_of': list(row.part_of)}, weights)
                        for row, (record, weights) in zip(map(self._row, group), trainer.results(), strict=True)]
             self.pack.add(*zip(*results, strict=True))

@@ -152,14 +152,14 @@ def train(args: argparse.Namespace) -> int:
     epoch, images = trainer.progress['epoch'], trainer.progress['images']
     with (Stop(args.max_minutes, STARTED) as stop,
           Bar(args.epochs * len(train_set), epoch * len(train_set) + images, accelerator.is_main_process) as bar):
-        finished = trainer.run(stop, save, args.save_seconds, bar, on_epoch=log_to(accelerator, runs))
-    if finished and processes.first:
+        stopped = trainer.run(stop, save, args.save_seconds, bar, on_epoch=log_to(accelerator, runs))
+    if not stopped and processes.first:
         finish(trainer, folders)
-    elif processes.first:
+    elif stopped and processes.first:
         print(f'stopped in epoch {trainer.progress["epoch"] + 1} after {trainer.progress["images"]} of its images; '
               f'continue with --resume auto')
     accelerator.end_training()
-    return 0 if finished else 124 if stop.reason == 'time' else 130
+    return {'': 0, 'time': 124, 'signal': 130}[stopped]
 
 
 def read_state(folders: list[Path], runs: list[Run], resume: bool):

@@ -21,6 +21,7 @@ from train.step import Learner, autocast, compiled_loss, count_wrong, loss_of
 from train.stop import Stop
 
 ASK = 32  # steps between two agreements of several processes
+WISHES = ('', '', 'time', 'signal')  # the reasons to stop by how much they count; the second is to save and go on
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Trainer:
     # The epochs
 
     def run(self, stop: Stop, save: Callable[[dict[str, Tensor], dict[str, Any]], None], save_seconds: float = 60.0,
-            bar: Bar | None = None, on_epoch: Callable[[list[dict[str, Any] | None]], None] | None = None) -> bool:
+            bar: Bar | None = None, on_epoch: Callable[[list[dict[str, Any] | None]], None] | None = None) -> str:
         """Trains to the end, or to where there is a reason to stop; the state is saved either way.
 
         Args:
@@ -133,7 +134,7 @@ class Trainer:
             on_epoch: takes the new row of every run's history, None for a run that ended earlier.
 
         Returns:
-            Whether the end was reached.
+            The reason why it stopped before the end, in every process the same; '' at the end.
         """
         progress, count = self.progress, len(self.train_set)
         bar = bar or Bar(0, 0, enabled=False)
@@ -149,8 +150,8 @@ class Trainer:
                 self.pool.step(size)
                 progress['images'] += size
                 bar.advance(size, self._meters)
-                if not self._go_on(stop, save_seconds, progress['images'] == count):
-                    return False
+                if reason := self._look_up(stop, save_seconds, progress['images'] == count):
+                    return reason
             wrong = []
             for learner in self.learners:
                 self.processes.take_firsts_buffers(learner.bare)
@@ -165,7 +166,7 @@ class Trainer:
             if on_epoch:
                 on_epoch(rows)
         self._save()
-        return True
+        return ''
 
     def _meters(self) -> str:
         seen = len(self.learners) * self.progress['images'] / self.processes.world
@@ -173,17 +174,17 @@ class Trainer:
                        for meters in zip(*((learner.loss, learner.wrong) for learner in self.learners), strict=True))
         return f'loss {loss:.3f}, accuracy {100 - 100 * wrong:.1f} %'
 
-    def _go_on(self, stop: Stop, save_seconds: float, epoch_ends: bool) -> bool:
-        """Saves where it is time to, and says whether to go on."""
+    def _look_up(self, stop: Stop, save_seconds: float, epoch_ends: bool) -> str:
+        """Saves where it is time to, and gives the reason to stop."""
         now = time.monotonic()
-        wish = 2 if stop.reason else int(now - self.saved > save_seconds)
+        wish = WISHES.index(stop.reason) if stop.reason else int(now - self.saved > save_seconds)
         if self.processes.world > 1:
             if not (epoch_ends or self.progress['images'] // self.batch_size % ASK == 0):
-                return True
+                return ''
             wish = self.processes.highest(wish, self.device)
         if wish:
             self._save()
-        return wish < 2
+        return WISHES[wish]
 
     def _save(self) -> None:
         self.saved = time.monotonic()
@@ -224,8 +225,8 @@ class Trainer:
         """For every finished run its line of results (without the weights' sha256) and its weights on the CPU."""
         where = surroundings(self.device)
         return [(describe_result(run, state['history'], self.progress['data'], state['spectra'],
-                                 seconds=self.progress['seconds'], at_once=len(self.runs), **asdict(self.how),
-                                 **where, **more),
+                                 seconds=self.progress['seconds'], at_once=len(self.runs),
+                                 **{**asdict(self.how), 'graph': self.pool.graphs is not None}, **where, **more),
                  {name: tensor.cpu().contiguous() for name, tensor in learner.bare.state_dict().items()})
                 for run, learner, state in zip(self.runs, self.learners, self.progress['runs'], strict=True)]
 

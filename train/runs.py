@@ -3,6 +3,7 @@
 import ast
 import inspect
 import math
+import os
 import platform
 import re
 import subprocess
@@ -140,15 +141,18 @@ def nonlocal_choices(model: nn.Module, given: dict[str, Any]) -> dict[str, Any] 
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """Where a run was computed: device, versions, commit."""
-    commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-                            cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """Where a run was computed: device, versions, commit (GIT_COMMIT in a copy of the tree without its history)."""
+    try:
+        commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+                                cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ''
     cuda = device.type == 'cuda'
     return {
         'device': torch.cuda.get_device_name(device) if cuda else f'{device.type} ({platform.machine()})',
         'versions': {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
                      'timm_nonlocal': timm_nonlocal.__version__, 'cuda': torch.version.cuda if cuda else None},
-        'commit': commit or None,
+        'commit': commit or os.environ.get('GIT_COMMIT'),
     }
 
 
