@@ -94,6 +94,11 @@ def test_registered_name_with_a_file(model, tmp_path, monkeypatch):
     assert source.trained and source.file == str(tmp_path / 'shipped.safetensors') and same_numbers(source, model)
 
 
+def test_registered_name_with_the_weights_of_its_backbone():
+    source = open_target('resnet50_nl_proposed_k5')
+    assert (source.kind, source.trained) == ('model', False) and len(find(source.tensors.shapes).blocks) == 5
+
+
 def test_registered_name_with_weights_on_the_hub():
     with pytest.raises(HubError, match=r'timm/resnet18\.\w+ is not in the cache'):
         open_target('resnet18')

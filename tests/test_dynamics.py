@@ -87,6 +87,16 @@ def test_reduced_weights_have_the_same_kappa():
             dynamics.kappa([w_z @ w_g], 1.0, formulation)[0])
 
 
+@pytest.mark.parametrize('formulation', ['proposed', 'original'])
+def test_wide_stages_take_another_way_to_the_same_number(formulation, monkeypatch):
+    weights, chain = pairs(3), dynamics.chain(kernel('positive definite'))
+    ws = [w_z @ w_g for w_z, w_g in weights]
+    narrow = dynamics.kappa(ws, 1.0, formulation), dynamics.amplification(chain, weights, formulation)
+    monkeypatch.setattr(dynamics, 'WIDE', C - 1)
+    wide = dynamics.kappa(ws, 1.0, formulation), dynamics.amplification(chain, weights, formulation, steps=60)
+    assert wide[0] == pytest.approx(narrow[0], rel=1e-3) and wide[1] == pytest.approx(narrow[1], rel=1e-8)
+
+
 def test_a_stable_parametrisation_has_kappa_one():
     """W = τ W_gᵀ W_g with τ ‖W_g‖² ≤ 2/μ_max amplifies nothing; its opposite does, and so does a larger step."""
     w_g = torch.randn(INNER, C, dtype=torch.float64)

@@ -203,7 +203,7 @@ def _registered(target: str, options: Options) -> Source:
     if cfg and cfg.file:
         source = _file(target, Path(cfg.file))
         return Source(target, 'file', cfg.file, source.tensors, source.format, architecture=architecture)
-    if cfg and cfg.has_weights and cfg.hf_hub_id:
+    if cfg and cfg.has_weights and cfg.hf_hub_id and not _of_another(cfg.hf_hub_id, architecture):
         file = options.file or cfg.hf_hub_filename
         repo_id = cfg.hf_hub_id if cfg.hf_hub_id.count('/') and not cfg.hf_hub_id.endswith('/') else f'timm/{target}'
         return _hub(target, repo_id, replace(options, file=file), architecture)
@@ -215,6 +215,12 @@ def _registered(target: str, options: Options) -> Source:
             raise CheckpointError(f'{target}: {error}') from error
     return Source(target, 'model', None, InMemory(model.state_dict()), 'module', trained=False,
                   architecture=architecture)
+
+
+def _of_another(repo_id: str, architecture: str) -> bool:
+    """Whether a repository is named after another network: a backbone's weights, which hold no nonlocal part."""
+    name = repo_id.rpartition('/')[2].partition('.')[0]
+    return name != architecture and timm.is_model(name)
 
 
 def load_pickle(path: Path, mode: str = 'local') -> InMemory:

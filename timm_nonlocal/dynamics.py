@@ -20,40 +20,61 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+WIDE = 256  # channels above which the product of several steps is not formed
 REVERSIBLE = 1e-6  # up to this relative defect of detailed balance A counts as that of a symmetric kernel
 
 
 def factors(w: Tensor, mu: Tensor, formulation: str) -> Tensor:
     """What one step multiplies the modes by: I - μ W or I + (1 - μ) W. w (C, C), mu (n,); gives (n, C, C)."""
-    weight = {'proposed': -mu, 'original': 1 - mu}[formulation]
-    return torch.eye(len(w), dtype=w.dtype) + weight[:, None, None] * w
+    return torch.eye(len(w), dtype=w.dtype) + _weights(mu, formulation)[:, None, None] * w
+
+
+def _weights(mu: Tensor, formulation: str) -> Tensor:
+    return {'proposed': -mu, 'original': 1 - mu}[formulation]
+
+
+def _product_norm(ws: Sequence[Tensor], weight: Tensor, steps: int = 24) -> Tensor:
+    """‖…‖₂ of the product of I + weight·W, by Lanczos's method, which never forms it."""
+    def forth_and_back(v: Tensor) -> Tensor:
+        for w in ws:
+            v = v + weight * (w @ v)
+        for w in reversed(ws):
+            v = v + weight * (w.T @ v)
+        return v
+
+    start = torch.randn(len(ws[0]), generator=torch.Generator().manual_seed(0), dtype=ws[0].dtype)
+    return ritz(forth_and_back, start, steps).real.max().sqrt()
 
 
 def gains(ws: Sequence[Tensor], mu: Tensor, formulation: str) -> Tensor:
     """‖…‖₂ of the product of `factors` over the steps, for every μ. ws: k of (C, C), mu (n,); gives (n,)."""
+    if len(ws) > 1 and len(ws[0]) > WIDE:
+        return torch.stack([_product_norm(ws, weight) for weight in _weights(mu, formulation)])
     product = factors(ws[0], mu, formulation)
     for w in ws[1:]:
         product = factors(w, mu, formulation) @ product
     return torch.linalg.eigvalsh(product.mT @ product)[:, -1].sqrt()
 
 
-def kappa(ws: Sequence[Tensor], mu_max: float, formulation: str, points: int = 129) -> tuple[float, float]:
+def kappa(ws: Sequence[Tensor], mu_max: float, formulation: str) -> tuple[float, float]:
     """The largest amplification of a stage over all μ in [0, mu_max], at least 1, and the μ where it is reached.
 
-    One step: exact, from the ends of the interval. Several: the largest over a grid, refined by golden section.
+    One step: exact, from the ends of the interval. Several: the largest over a grid, refined by golden section; above
+    `WIDE` channels the grid is coarser and the norms are Lanczos's.
 
     Args:
         ws: W of every step, (C, C) or restricted to the range of [W_Z, W_gᵀ] where there is one.
         mu_max: the largest eigenvalue of I - A.
         formulation: 'proposed' or 'original'.
     """
+    points, refinements = (129, 24) if len(ws[0]) <= WIDE else (17, 8)
     mu = torch.linspace(0, mu_max, 2 if len(ws) == 1 else points, dtype=torch.float64)
     values = gains(ws, mu, formulation)
     best = int(values.argmax())
     found, where = values[best].item(), mu[best].item()
     if len(ws) > 1:
         low, high = mu[max(best - 1, 0)].item(), mu[min(best + 1, len(mu) - 1)].item()
-        for _ in range(24):
+        for _ in range(refinements):
             inner = torch.tensor([high - 0.618 * (high - low), low + 0.618 * (high - low)], dtype=torch.float64)
             left, right = gains(ws, inner, formulation).tolist()
             value, at = (left, inner[0].item()) if left > right else (right, inner[1].item())
@@ -213,7 +234,8 @@ def energies(a: Tensor, pi: Tensor, z: Tensor) -> dict[str, float]:
 def amplification(c: Chain, factors_of_w: Sequence[tuple[Tensor, Tensor]], formulation: str, steps: int = 20) -> float:
     """The largest ratio of ‖Z‖ after the steps to ‖Z‖ before, in the norm weighted by π, at least 1.
 
-    From A's own modes where the chain is reversible; else by Lanczos's method, from below.
+    From A's own modes where the chain is reversible; else, and for several steps of more than `WIDE` channels, by
+    Lanczos's method, from below.
 
     Args:
         c: of the frozen A.
@@ -221,7 +243,7 @@ def amplification(c: Chain, factors_of_w: Sequence[tuple[Tensor, Tensor]], formu
         formulation: 'proposed' or 'original'.
         steps: of Lanczos's method.
     """
-    if c.reversible:
+    if c.reversible and (len(factors_of_w) == 1 or len(factors_of_w[0][0]) <= WIDE):
         mu = torch.cat([c.pi.new_zeros(1), 1 - c.values.real])
         mu = torch.stack([mu.min(), mu.max()]) if len(factors_of_w) == 1 else mu  # convex
         return max(1.0, gains([w_z @ w_g for w_z, w_g in factors_of_w], mu, formulation).max().item())
