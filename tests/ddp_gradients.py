@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
-from train.processes import Processes
+from train.processes import Processes, end
 from train.runs import Run
 from train.step import Learner, Recipe
 from training import random_images
@@ -29,13 +29,16 @@ def after(steps: list[int], processes: Processes) -> Learner:
     return learner
 
 
-shared = Processes(accelerator)
-assert shared.world == 2
-for steps in ([32], [32, 13]):  # the last batch is odd: 7 images for one process and 6 for the other
-    ours, alone = after(steps, shared), after(steps, Processes())
-    error = max(((p.grad - q.grad).abs().max() / q.grad.abs().max()).item()
-                for p, q in zip(ours.parameters.values(), alone.parameters.values(), strict=True))
-    loss = (shared.sum(ours.loss) / alone.loss - 1).abs().item()
-    same_plan = torch.equal(ours.plan, alone.plan) and shared.sum(ours.wrong).item() == alone.wrong.item()
-    sys.stdout.write(f'{error:.3e} {loss:.3e} {same_plan}\n')
-accelerator.end_training()
+def compare(shared: Processes) -> None:
+    for steps in ([32], [32, 13]):  # the last batch is odd: 7 images for one process and 6 for the other
+        ours, alone = after(steps, shared), after(steps, Processes())
+        error = max(((p.grad - q.grad).abs().max() / q.grad.abs().max()).item()
+                    for p, q in zip(ours.parameters.values(), alone.parameters.values(), strict=True))
+        loss = (shared.sum(ours.loss) / alone.loss - 1).abs().item()
+        same_plan = torch.equal(ours.plan, alone.plan) and shared.sum(ours.wrong).item() == alone.wrong.item()
+        sys.stdout.write(f'{error:.3e} {loss:.3e} {same_plan}\n')
+
+
+assert accelerator.num_processes == 2
+compare(Processes(accelerator))
+end(accelerator)

@@ -28,7 +28,7 @@ from timm.models import split_model_name_tag  # noqa: E402
 from train import run_dir, state  # noqa: E402
 from train.data import DATASETS, DataError, load  # noqa: E402
 from train.loop import How, Trainer, check_same_runs  # noqa: E402
-from train.processes import Processes  # noqa: E402
+from train.processes import Processes, end  # noqa: E402
 from train.progress import Bar  # noqa: E402
 from train.runs import Run  # noqa: E402
 from train.state import RunError  # noqa: E402
@@ -118,13 +118,20 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
 
 
 def train(args: argparse.Namespace) -> int:
-    """The runs of this process, from their folders' state to the end. Returns the exit code."""
+    """Trains on the processes that were launched. Returns the exit code."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), log_with=args.log_with or None,
                               project_dir=output_dir(args))
-    how = How(not args.no_graph, args.deterministic, args.sync_bn)
-    how.prepare(accelerator.device)
     if accelerator.device.type == 'cpu':
         torch.set_num_threads(args.threads or max(1, os.cpu_count() // accelerator.num_processes))
+    stopped = train_runs(args, accelerator)
+    end(accelerator)
+    return {'': 0, 'time': 124, 'signal': 130}[stopped]
+
+
+def train_runs(args: argparse.Namespace, accelerator: Accelerator) -> str:
+    """The runs of this process, from their folders' state to the end. Returns why they stopped before it, or ''."""
+    how = How(not args.no_graph, args.deterministic, args.sync_bn)
+    how.prepare(accelerator.device)
     runs, folders, processes = plan(args, accelerator)
     runs[0].build()  # a name or argument that does not fit is said before anything is read
     saved = read_state(folders, runs, args.resume == 'auto')
@@ -132,7 +139,7 @@ def train(args: argparse.Namespace) -> int:
         for folder in folders if processes.first else []:
             record, = run_dir.read_results(folder / run_dir.RESULTS)
             print(f'{folder} is finished: final error {record["final_error"]:.2f} %')
-        return 0
+        return ''
     train_set, test_set = load(args.dataset, args.data_dir, args.download, args.limit)
     trainer = Trainer(runs, train_set.to(accelerator.device), test_set.to(accelerator.device), how, processes,
                       args.spectrum_epochs)
@@ -158,8 +165,7 @@ def train(args: argparse.Namespace) -> int:
     elif stopped and processes.first:
         print(f'stopped in epoch {trainer.progress["epoch"] + 1} after {trainer.progress["images"]} of its images; '
               f'continue with --resume auto')
-    accelerator.end_training()
-    return {'': 0, 'time': 124, 'signal': 130}[stopped]
+    return stopped
 
 
 def read_state(folders: list[Path], runs: list[Run], resume: bool):

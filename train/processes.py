@@ -1,5 +1,7 @@
 """One run on several processes: who takes what, and how they agree."""
 
+import gc
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -48,3 +50,13 @@ class Processes:
         if self.accelerator:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
+
+
+def end(accelerator: Accelerator) -> None:
+    """Ends the trackers and the processes' group, which must not outlive Python.
+
+    A thread of the group that lets go of a tensor while Python shuts down aborts the process. The group waits for its
+    threads when the last model that holds it is gone, so call this where no wrapped model is left.
+    """
+    gc.collect()
+    accelerator.end_training()
