@@ -1,4 +1,4 @@
-"""MODEL_CARD.md and a card for every weight file, made from results.jsonl and the weights.
+"""MODEL_CARD.md, a card for every weight file and calibration.md, made from results.jsonl and the weights.
 
     python -m hub.cards [--check]
 
@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import figures, paper
+from . import calibration, claims, figures, paper
 from .card import card
 from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, shipped, summary
 
@@ -79,7 +79,7 @@ def figures_text(drawn: dict[int, list[figures.Drawn]]) -> str:
 def model_card(text: str, runs: list[Run], files: list[Shipped], drawn: dict[int, list[figures.Drawn]]) -> str:
     """MODEL_CARD.md with its generated parts made anew."""
     for name, content in (('weights', weights_text(files)), ('tables', tables_text(runs, files)),
-                          ('figures', figures_text(drawn))):
+                          ('figures', figures_text(drawn)), ('conclusions', claims.text(runs))):
         text = between(text, name, content)
     return text
 
@@ -108,7 +108,8 @@ def make(folder: Path = HUB.parent) -> tuple[dict[Path, str], list[str]]:
     runs = load()
     files = shipped(runs)
     drawn = figures.collect(runs, files)
-    cards = {MODEL_CARD: model_card(MODEL_CARD.read_text(), runs, files, drawn)}
+    cards = {MODEL_CARD: model_card(MODEL_CARD.read_text(), runs, files, drawn),
+             calibration.PAGE: calibration.text(runs)}
     cards |= {path_of(file): current(file, runs) for file in files}
     problems = [f'{path.relative_to(folder)} has no weights: delete it'
                 for path in sorted(CARDS.glob('*.md')) if path not in cards]

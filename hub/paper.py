@@ -1,9 +1,10 @@
 """What the paper reports, as data: its recipe, Tables 1 and 2, and what Figures 1 to 4 show.
 
-Tao, Du, Sun, Liu, "Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling", NeurIPS 2018. Its errors are
+Tao, Sun, Du, Liu, "Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling", NeurIPS 2018. Its errors are
 medians of five runs, in per cent of the test images; its figures' numbers are not in its text.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 TITLE = 'Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling'
@@ -65,6 +66,7 @@ TABLES = (
         Row('proposed, k = 6', 'preresnet56_nl_proposed_k6', 25.49),
     )),
 )
+UNRANKED = ('proposed_k4', 'proposed_k5', 'proposed_k6')  # too close for five runs
 
 
 def error(architecture: str, dataset: str) -> float | None:
@@ -74,6 +76,25 @@ def error(architecture: str, dataset: str) -> float | None:
             if (row.architecture, table.dataset) == (architecture, dataset):
                 return row.error
     return None
+
+
+def claims() -> Iterator[tuple[Table, Row, Row]]:
+    """Which network is to have a lower error than which: the claims of section 3 that Tables 1 and 2 stand for.
+
+    A proposed stage below as many original blocks and below the baseline, four original blocks above the baseline, and
+    the proposed k = 5, the lowest of both tables' stages, below its neighbours.
+    """
+    for table in TABLES:
+        row = {row.architecture.partition('_nl_')[2]: row for row in table.rows}
+        proposed = [name for name in row if name.startswith('proposed')]
+        for name in proposed:
+            if (original := name.replace('proposed', 'original')) in row:
+                yield table, row[name], row[original]
+        for name in proposed:
+            yield table, row[name], row['']
+        yield table, row[''], row['original_k4']
+        for name in ('proposed_k4', 'proposed_k6'):
+            yield table, row['proposed_k5'], row[name]
 
 
 class Panel(NamedTuple):

@@ -3,7 +3,7 @@
 The four pairwise functions of Wang, Girshick, Gupta, He, "Non-local Neural Networks" (CVPR 2018), section 3.2, a
 positive one whose cost is linear in the number of positions, and two controls without which no gain can be called
 nonlocal. An affinity is a module: `forward(q, k)` gives A from the embedded features of the queries and the keys,
-`aggregate(a, z)` the sum Σⱼ Aᵢⱼ Zⱼ, and `difference(a, z)` the nonlocal operator of eq. (14) in Tao, Du, Sun, Liu
+`aggregate(a, z)` the sum Σⱼ Aᵢⱼ Zⱼ, and `difference(a, z)` the nonlocal operator of eq. (14) in Tao, Sun, Du, Liu
 (NeurIPS 2018), Σⱼ Aᵢⱼ (Zⱼ - Zᵢ). `operator(q, k)` gives what the two need where that is less than A.
 
 Shapes: B images, M positions, D embedding channels, C channels of whatever A is applied to.

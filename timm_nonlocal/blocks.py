@@ -1,6 +1,6 @@
 """The original nonlocal block, eq. (1), and the nonlocal stage, eq. (8)-(9).
 
-Tao, Du, Sun, Liu, "Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling", NeurIPS 2018. Neither has a
+Tao, Sun, Du, Liu, "Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling", NeurIPS 2018. Neither has a
 normalisation, an activation or a bias: both are linear in Z once the affinity is known, and what they learn is read
 from the spectrum of W = W_Z W_g alone.
 

@@ -1,7 +1,7 @@
 """CIFAR PreResNets of depth 9n+2 with nonlocal parts, and the names they are registered under.
 
 Backbone: the bottleneck pre-activation ResNet of He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks"
-(ECCV 2016), as its authors' CIFAR code builds it. Nonlocal parts: Tao, Du, Sun, Liu, "Nonlocal Neural Networks,
+(ECCV 2016), as its authors' CIFAR code builds it. Nonlocal parts: Tao, Sun, Du, Liu, "Nonlocal Neural Networks,
 Nonlocal Diffusion and Nonlocal Modeling" (NeurIPS 2018), right after the second unit of a stage.
 """
 

@@ -1,0 +1,100 @@
+"""The conclusions: intervals whose coverage is counted over all orders, verdicts, and the page of the calibration."""
+
+from itertools import combinations
+from math import comb
+
+import pytest
+
+from hub import calibration, claims, paper
+from zoo import made_up
+
+EPOCHS = 164
+
+
+@pytest.mark.parametrize('n, m', [(1, 1), (2, 3), (3, 3), (4, 2), (5, 5), (5, 3)])
+def test_coverage_is_the_share_of_orders_whose_interval_holds_the_truth(n, m):
+    covered = 0
+    for first in combinations(range(n + m), n):  # every order of two samples from one distribution: no shift
+        second = [number for number in range(n + m) if number not in first]
+        found = claims.shift(first, second)
+        covered += found.lowest < 0 < found.highest
+        assert found.lowest <= found.estimate <= found.highest
+    assert covered / comb(n + m, n) == pytest.approx(found.coverage)
+
+
+@pytest.mark.parametrize('n, m, outside, coverage', [
+    (5, 5, 2, 1 - 2 * 4 / 252), (3, 3, 0, 0.9), (3, 5, 0, 1 - 2 / 56), (1, 1, 0, 0.0), (1, 9, 0, 0.8)])
+def test_intervals_are_as_short_as_the_level_allows(n, m, outside, coverage):
+    first, second = [10 * i for i in range(n)], [3.3 + i for i in range(m)]
+    differences = sorted(b - a for a in first for b in second)
+    found = claims.shift(first, second)
+    assert (found.lowest, found.highest) == (differences[outside], differences[-1 - outside])
+    assert found.coverage == pytest.approx(coverage)
+
+
+def some(architecture, *errors, **more):
+    return [made_up(architecture, seed=seed, error=error, **more) for seed, error in enumerate(errors)]
+
+
+def line_of(runs, better, worse):
+    table = paper.TABLES[0]
+    rows = {row.architecture: row for row in table.rows}
+    return claims.compare(rows[better], rows[worse], table.dataset, runs)
+
+
+def test_verdicts():
+    stage, base = 'preresnet20_nl_proposed_k5', 'preresnet20'
+    baseline = some(base, 8.2, 8.3, 8.1)
+    for errors, ending in (
+            ((7.3, 7.2, 7.4), '| -0.90 | -1.10 to -0.70 (90 %) | 3, 3 | holds |'),
+            ((8.9, 9.1, 9.0), '| +0.80 | +0.60 to +1.00 (90 %) | 3, 3 | **contradicted** |'),
+            ((8.0, 8.4, 8.2), '| +0.00 | -0.30 to +0.30 (90 %) | 3, 3 | open |'),
+            ((7.0, 7.1), '| -1.15 | -1.30 to -1.00 (80 %) | 2, 3 | open |'),
+            ((), '| missing | missing | missing | not judged |')):
+        line = line_of(baseline + some(stage, *errors), stage, base)
+        assert line == f'| proposed, k = 5 < baseline | -0.90 {ending}'
+    assert '| none | 1, 1 | open |' in line_of(some(base, 8) + some(stage, 7), stage, base)
+    limited = some(stage, 1, 1, 1, limit=100)
+    assert line_of(baseline + limited, stage, base).endswith('not judged |')
+
+
+def test_every_claim_of_the_paper_is_there_once():
+    text = claims.text([])
+    lines = [line for line in text.splitlines() if line.endswith('| not judged |')]
+    assert len(lines) == len(list(paper.claims())) + 4 == 13 + 11 + 4
+    assert all(better.error < worse.error for _, better, worse in paper.claims()), 'the paper claims what it reports'
+    assert 'within 0.26 and 0.20 points' in text
+
+
+def test_signs_over_runs():
+    def spectra(*negative):
+        blocks = [{'stage': 'nl', 'index': i, 'eigenvalues': [-1.0] * count + [1.0] * (32 - count)}
+                  for i, count in enumerate(negative)]
+        return [{'epoch': EPOCHS, 'blocks': blocks}]
+
+    panel = paper.FIGURES[0].panels[1]
+    name, = panel.architectures
+    runs = [made_up(name, seed=seed, spectra=spectra(*counts))
+            for seed, counts in enumerate(((30, 20), (28, 24), (32, 16)))]
+    line = claims.signs(panel, runs)
+    assert line == f'| {name}: negative | 30 (28–32); 20 (16–24) | 16.0 ± 0.6 | 2 of 3 | open |'
+    assert claims.signs(panel, runs[:2]).endswith('2 of 2 | holds |')
+    assert claims.signs(panel, runs[2:]).endswith('0 of 1 | **contradicted** |')
+    assert claims.signs(panel, [made_up(name)]).endswith('not judged |')
+
+
+def test_the_page_of_the_calibration_leaves_nothing_out():
+    def tried(init, seed, error, diverged=None, architecture='preresnet20_nl_original_k4', lr=0.1):
+        recipe = {**paper.recipe(architecture), 'lr': lr, 'epochs': 10}
+        return made_up(architecture, seed=seed, error=error, recipe=recipe, kind='calibration',
+                       model_kwargs=[f"nl_args={{'init': '{init}', 'scale': 1.0}}"], diverged_epoch=diverged)
+
+    assert 'No such run' in calibration.text([made_up(kind='table')])
+    text = calibration.text([tried('xavier_normal', 0, 90.0, 3), tried('xavier_normal', 1, 30.0),
+                             tried('zero', 0, 25.0),
+                             tried('zero', 0, 22.0, architecture='preresnet20_nl_proposed_k6', lr=0.05)])
+    probes = 'preresnet20_nl_original_k4, lr 0.1, 10 epochs | preresnet20_nl_proposed_k6, lr 0.05, 10 epochs'
+    for line in (f'| choice | {probes} | n |',
+                 '| init xavier_normal, scale 1.0 | 30.0 %, 1 of 2 diverged (epoch 3) | missing | 2 |',
+                 '| init zero, scale 1.0 | 25.0 % | 22.0 % | 2 |'):
+        assert line in text.splitlines()
