@@ -1,5 +1,6 @@
 """One training step against plain PyTorch; pools, captured steps and processes against learners alone."""
 
+import platform
 from contextlib import contextmanager
 
 import pytest
@@ -222,3 +223,15 @@ def test_the_compiled_step_is_the_eager_step():
         torch.testing.assert_close(ours.loss, eager.loss, rtol=1e-5, atol=0)
         for name, p in ours.parameters.items():
             torch.testing.assert_close(p.grad, eager.parameters[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library than glibc')
+def test_freed_memory_is_used_again():
+    program = ('import resource, torch\n'
+               'from train.loop import How\n'
+               'How().prepare(torch.device("cpu"))\n'
+               'for _ in range(20):\n'
+               '    torch.ones(8 << 20)\n'  # 32 MiB, 8192 pages
+               'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n')
+    kept, fresh = (int(run('-c', text).stdout) for text in (program, program.replace('How().prepare', '(lambda _: 0)')))
+    assert kept < fresh - 10 * 8192

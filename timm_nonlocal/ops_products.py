@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = {'cpu': 4 << 20, 'cuda': 128 << 20}  # of one block of rows, or of all images of a chunk
+BLOCK_BYTES = {'cpu': 4 << 20, 'cuda': 128 << 20}  # of one block of rows, or of all images of a chunk, a CPU thread
 KEEP_BYTES = {'cpu': 64 << 20, 'cuda': 128 << 20}  # A is made once for all sub-blocks up to this size, else for each
 
 
@@ -47,9 +47,10 @@ class ProductChain:
         self.sums = torch.promote_types(self.dtype, torch.float32)
         self.inner, self.scale = inner, scale
         row = positions * self.sums.itemsize
-        step = max(1, min(positions, BLOCK_BYTES[device] // row))
+        block = BLOCK_BYTES[device] * (1 if like.is_cuda else torch.get_num_threads())
+        step = max(1, min(positions, block // row))
         self.blocks = [slice(first, min(first + step, positions)) for first in range(0, positions, step)]
-        self.images = max(1, BLOCK_BYTES[device] // (positions * row))
+        self.images = max(1, block // (positions * row))
         self.keep = positions * row <= KEEP_BYTES[device]
         self.buffers: dict[str, Tensor] = {}
 
