@@ -44,6 +44,7 @@ PLACES = [  # maker, name, after, where the part's keys are, C, image size
     (timm.create_model, 'efficientnet_b0', 'blocks.2', 'blocks.2.1', 40, 64),  # a Sequential: its last module
     (timm.create_model, 'vit_tiny_patch16_224', 'blocks.5', 'blocks.5', 192, 224),  # tokens
     (torchvision, 'resnet18', 'layer2.1', 'layer2.1', 128, 64),
+    (timm.create_model, 'regnety_002', 's3', 's3.b4', 152, 64),  # a stage that runs its children in a loop
     (features, 'resnet18', 'layer2', 'layer2.1', 128, 64),
     (features, 'convnext_atto', 'stages_1', 'stages_1', 80, 64),
 ]
@@ -52,7 +53,6 @@ MORE_PLACES = [
     (torchvision, 'swin_t', 'features.3', 'features.3.1', 192, 224),  # NHWC, which nothing but the shape tells
     (torchvision, 'vit_b_16', 'encoder.layers.encoder_layer_1', 'encoder.layers.encoder_layer_1', 768, 224),
     (torchvision, 'densenet121', 'features.transition2', 'features.transition2.pool', 256, 64),
-    (timm.create_model, 'regnety_002', 's2', 's2.b1', 56, 64),
     (timm.create_model, 'maxvit_pico_rw_256', 'stages.1', 'stages.1', 64, 256),
     (features, 'vit_tiny_patch16_224', 'model.blocks.4', 'model.blocks.4', 192, 224),
 ]

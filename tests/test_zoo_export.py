@@ -13,9 +13,9 @@ from timm_nonlocal.affinity import AFFINITIES
 from timm_nonlocal.preresnet import ARCHITECTURES
 
 FEW = {'preresnet20', 'preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k3'}
+NAMES = [*ARCHITECTURES, *timm.list_models(module='resnet_nl')]
 ALL = pytest.mark.parametrize('name', [
-    name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
-    for name in [*ARCHITECTURES, *timm.list_models(module='resnet_nl')]])
+    name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 
 
 @cache
@@ -81,23 +81,23 @@ def test_compile(case):
     close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), y)
 
 
-@pytest.mark.parametrize('name', ['preresnet20_nl_proposed_k2'])
+@pytest.mark.parametrize('name', [
+    name if name == 'preresnet20_nl_proposed_k2' else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_inductor(case):
     model, x, y = case
     close(torch.compile(model, fullgraph=True)(x), y)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ARCHITECTURES)
-def test_inductor_on_all_networks(case):
-    """Forward, and the gradients of a training step."""
-    model, x, y = case
-    compiled = torch.compile(model, fullgraph=True)
-    close(compiled(x), y)
+@pytest.mark.parametrize('name', ['preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k3'])
+def test_gradients_through_inductor(case):
+    """Of every parameter, in norm: which element rounding hits most differs from one order of summation to another."""
+    model, x, _ = case
     with torch.enable_grad():
-        grads = [torch.autograd.grad(net(x).square().mean(), list(model.parameters())) for net in (compiled, model)]
+        grads = [torch.autograd.grad(net(x).square().mean(), list(model.parameters()))
+                 for net in (torch.compile(model, fullgraph=True), model)]
     for actual, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+        assert (actual - expected).norm() < 1e-3 * expected.norm() + 1e-6
 
 
 @ALL

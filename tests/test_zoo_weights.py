@@ -126,8 +126,8 @@ def test_the_hub_where_the_package_has_no_file(tmp_path):
     """An id in the index is enough for pretrained=True and torchvision; hf-hub: reads config.json as well."""
     name, repo = 'preresnet20_nl_proposed_k2.cifar10', 'someone/preresnet20_nl_proposed_k2.cifar10'
     package_with_weights(tmp_path, index={name: {'hf_hub_id': repo}})
-    model = calibrated(name, nl_args={'symmetric': True})
-    timm.models.save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
+    args = {'nl_args': {'symmetric': True}}
+    timm.models.save_for_hf(calibrated(name, **args), tmp_path / 'saved', model_args=args, safe_serialization=True)
     cached(tmp_path / 'hub', 'someone/symmetric', {
         file: tmp_path / 'saved' / file for file in ('model.safetensors', 'config.json')})
     save_file(calibrated(name).state_dict(), tmp_path / 'model.safetensors')

@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from typing import Any, Optional, Union
 
 import torch
+from timm.models.regnet import RegStage
 from torch import Tensor, nn
 
 from .blocks import KINDS
 
 CHILD = 'nl'
+IN_TURN = nn.Sequential.forward, RegStage.forward  # they run all children, each on the output of the one before
 
 
 def _after_nchw(self, input: tuple[Tensor], output: Tensor) -> Tensor:  # TorchScript wants these names
@@ -47,7 +49,8 @@ def insert(
     Args:
         model: any network whose modules of those names give one tensor each; changed in place. A module that runs
             several times, such as a head on every level of a feature pyramid, applies its part every time.
-        after: module names as in `model.named_modules()`; the last one in it stands for an `nn.Sequential`.
+        after: module names as in `model.named_modules()`; an `nn.Sequential`, or a stage of timm's RegNets, stands for
+            the last one in it.
         kind: 'proposed' (eq. (8)) or 'original' (eq. (1)).
         k: the number of sub-blocks or blocks at each place.
         example: what to call the model with; None makes one image of the size in its timm config, else of 224×224.
@@ -109,46 +112,52 @@ def _hook_ids(module: nn.Module) -> list[int]:
 
 
 def _leaf(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name, or the last one inside where it is an `nn.Sequential`, whose children all run in turn.
-
-    Raises:
-        ValueError: there is none of that name, or it runs its children in a way of its own, which a part would disturb.
-    """
+    """The module of that name, or the last one inside where it runs its children in turn. Raises ValueError if none."""
     modules = {key: module for key, module in model.named_modules(remove_duplicate=False) if key}
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=5, cutoff=0.4) or [n for n, _ in model.named_children()]
         raise ValueError(f'after={name!r}: no module has that name; nearest are {", ".join(near)}')
     module = modules[name]
-    while type(module).forward is nn.Sequential.forward and len(module):
-        module = module[-1]
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        raise ValueError(f'after={name!r}: a {type(module).__name__} runs its children itself; name one of them, '
-                         f'or the module that follows')
+    while type(module).forward in IN_TURN and module._modules:
+        *_, module = module._modules.values()
     return module
 
 
 @torch.no_grad()
 def _output_shapes(model: nn.Module, targets: dict[nn.Module, str], example: Optional[Any]) -> dict[nn.Module, list]:
-    """The shapes that each target gives in one call of the model in eval mode, which is left as it was."""
+    """The shapes that each target gives in one call of the model in eval mode, which is left as it was.
+
+    Raises:
+        ValueError: the model does not take the example, or a target runs all its children, and so would run the part.
+    """
     if example is None:
         example = _example(model)
     shapes = {target: [] for target in targets}
     handles = [target.register_forward_hook(lambda module, args, output: shapes[module].append(
         tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__)) for target in targets]
     modes = {module: module.training for module in model.modules()}
+    ran = set()
+    for target in targets:
+        target.add_module(CHILD, probe := nn.Identity())
+        probe.register_forward_hook(lambda *_, target=target: ran.add(target))
     try:
         model.eval()
         model(example)
     except Exception as error:
-        if not all(shapes.values()):
+        if not ran and not all(shapes.values()):
             shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ValueError(f'the model does not take {shape}: give what it takes as example=… ({reason})') from error
     finally:
         for handle in handles:
             handle.remove()
+        for target in targets:
+            delattr(target, CHILD)
         for module, training in modes.items():
             module.training = training
+    for target in ran:
+        raise ValueError(f'after={targets[target]!r}: a {type(target).__name__} runs its children itself; '
+                         f'name one of them, or the module that follows')
     return shapes
 
 

@@ -22,7 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from train import state
-from train.runs import Run
+from train.runs import Run, parse_kwargs
 from train.state import RunError, write, writing
 
 STATE, CURVE, MODEL, CONFIG, RESULTS, SPECTRA = (
@@ -45,11 +45,11 @@ def save_curve(folder: Path, history: list[dict[str, Any]]) -> None:
 
 
 def save_model(folder: Path, run: Run, weights: dict[str, Tensor]) -> None:
-    """Writes weights and config.json as timm does for the Hub."""
+    """Writes weights and config.json as timm does for the Hub; timm before 1.0.31 records no arguments unasked."""
     model = run.build()
     model.load_state_dict(weights)
     with writing(folder / MODEL), tempfile.TemporaryDirectory() as beside:
-        save_for_hf(model, beside, safe_serialization=True)
+        save_for_hf(model, beside, model_args=parse_kwargs(run.model_kwargs), safe_serialization=True)
         for name in (MODEL, CONFIG):
             write(folder / name, lambda path, name=name: shutil.copyfile(Path(beside) / name, path))
 
