@@ -220,3 +220,21 @@ def test_shards(tmp_path):
 def test_indexes_that_are_none_or_point_elsewhere(index):
     with pytest.raises(CheckpointError, match='is not an index of shards|does not lie beside it'):
         ShardedFile('index', index, lambda names: names, pytest.fail)
+
+
+if __name__ == '__main__':  # pip install atheris; PYTHONPATH=. python tests/test_tensorfile.py -max_total_time=180
+    import sys
+
+    import atheris
+
+    from timm_nonlocal import tensorfile
+
+    def fuzz(data: bytes) -> None:
+        attempt(data)
+        attempt(struct.pack('<Q', len(data)) + data)  # a header of the right length, its tensors missing
+        test_any_header.hypothesis.fuzz_one_input(data)
+
+    for part in (tensorfile.header_length, tensorfile.parse_header, tensorfile.RangedFile.__init__, json.loads):
+        atheris.instrument_func(part)
+    atheris.Setup(sys.argv, fuzz)
+    atheris.Fuzz()

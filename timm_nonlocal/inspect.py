@@ -98,6 +98,10 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
         parser.error(str(error))
     if (args.top is not None and args.top < 1) or args.num_images < 1 or args.timeout <= 0 or args.dpi < 1:
         parser.error('--top, --num-images, --timeout and --dpi must be above 0')
+    if args.bn_eps < 0:
+        parser.error(f'--bn-eps {args.bn_eps}: it is added to a variance, 0 or above')
+    if args.plot is not None and Path(args.plot).suffix not in ('.png', '.svg', '.pdf'):
+        parser.error(f'--plot {args.plot}: name a file that ends in .png, .svg or .pdf')
     if args.mu_max is not None and not 0 < args.mu_max <= 2:
         parser.error(f'--mu-max {args.mu_max}: the eigenvalues of I - A lie between 0 and 2')
     args.stability |= bool(args.mu_max or args.data_dir or args.images)
@@ -138,8 +142,14 @@ def examine(target: str, args: argparse.Namespace) -> Result:
             for block in group:
                 w_z, w_g, factor = weights(block, tensors, args.bn_eps)
                 factors.append((factor[:, None] * w_z if args.fold_bn else w_z, w_g))
-            each, stage.stability = stability(factors, stage.formulation, group[0].symmetric, args.mu_max)
-            stage.blocks = [record.with_stability(own) for record, own in zip(records, each, strict=True)]
+            try:
+                each, stage.stability = stability(factors, stage.formulation, group[0].symmetric, args.mu_max)
+                stage.blocks = [record.with_stability(own) for record, own in zip(records, each, strict=True)]
+            except OverflowError as error:
+                result.code = 1
+                result.warnings.append(f'{name}: {error}')
+        elif args.stability:
+            result.warnings.append(f'{name}: the names do not tell eq. (1) from eq. (8), so that it has no kappa')
         result.stages.append(stage)
     if args.data_dir or args.images:
         _watch(result, args)
@@ -176,7 +186,7 @@ def build(source: Source, arch: Optional[str]) -> nn.Module:
         return model.eval()
     except (RuntimeError, TypeError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(f'{source.input}: the network cannot be built: '
-                              f'{str(error).strip().splitlines()[0][:300]}') from error
+                              f'{" ".join(str(error).split())[:300]}') from error
 
 
 def _watch(result: Result, args: argparse.Namespace) -> None:
