@@ -188,6 +188,20 @@ def test_data_dir(inspect, small_cifar_here, tmp_path):
     assert 1 <= measured['kappa_stage'] <= stability['kappa'] * (1 + 1e-3)
 
 
+def test_images_that_do_not_go_through(inspect, small_cifar_here, tmp_path):
+    gray = timm.create_model('preresnet20_nl_proposed_k1', in_chans=1)
+    save_for_hf(gray, tmp_path / 'gray', safe_serialization=True)
+    code, out, err = inspect(tmp_path / 'gray', '--data-dir', small_cifar_here, '--num-images', 2, '-q')
+    assert (code, out) == (3, '') and 'the network does not take these images' in err and 'Traceback' not in err
+    model = timm.create_model('preresnet20_nl_proposed_k1')
+    model.conv1.weight.data.fill_(float('nan'))
+    save_for_hf(model, tmp_path / 'nan', safe_serialization=True)
+    code, out, err = inspect(tmp_path / 'nan', '--data-dir', small_cifar_here, '--num-images', 2, '--json')
+    (target,) = json.loads(out)['targets']
+    assert code == 1 and 'features of the images are not finite' in err
+    assert target['images'] is target['stages'][0]['images'] is None
+
+
 def test_pictures_for_a_bare_file(inspect, weights, tmp_path):
     from PIL import Image
     (tmp_path / 'pictures').mkdir()
@@ -309,7 +323,8 @@ def test_counts_are_said_of_as_many_as_random_weights_would_have(inspect, weight
 @pytest.mark.parametrize('arguments', [
     [], ['x', '--jso'], ['x', '--top', '0'], ['x', '--check', 'neg_top'], ['x', '--check', 'color<3'],
     ['x', '--check', 'kappa<2'], ['x', '--key-map', 'g=('], ['x', '--mu-max', '3'], ['x', '--format', 'xml'],
-    ['x', '--bn-eps', '-1'], ['x', '--data-dir', 'a', '--images', 'b'], ['x', '--num-images', '0'], ['x', '--token', '--no-token'],
+    ['x', '--bn-eps', '-1'], ['x', '--data-dir', 'a', '--images', 'b'], ['x', '--num-images', '0'],
+    ['x', '--token', '--no-token'],
 ])
 def test_2_usage(inspect, arguments):
     code, out, err = inspect(*arguments)

@@ -9,6 +9,7 @@ reached or does not let us in.
 
 import argparse
 import fnmatch
+import math
 import os
 import sys
 import traceback
@@ -189,6 +190,13 @@ def build(source: Source, arch: Optional[str]) -> nn.Module:
                               f'{" ".join(str(error).split())[:300]}') from error
 
 
+def _finite(value: Any) -> bool:
+    """Whether all numbers inside dicts and lists are finite."""
+    if isinstance(value, (dict, list)):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _watch(result: Result, args: argparse.Namespace) -> None:
     from . import recorder
 
@@ -203,7 +211,15 @@ def _watch(result: Result, args: argparse.Namespace) -> None:
         if sys.stderr.isatty() and not args.quiet:
             print(f'\r{done} of {total} images', end='\r', file=sys.stderr, flush=True)
 
-    result.images = recorder.watch(model, images, labels, tick)
+    try:
+        result.images = recorder.watch(model, images, labels, tick)
+    except RuntimeError as error:  # such as images of another form than the network takes
+        raise CheckpointError(f'{result.source.input}: the network does not take these images: '
+                              f'{" ".join(str(error).split())[:300]}') from error
+    if not _finite(result.images):
+        result.code, result.images = 1, None
+        result.warnings.append('the features of the images are not finite, so they are not shown')
+        return
     measured = result.images.pop('parts')
     for stage in result.stages:
         stage.images = measured.get(stage.name)

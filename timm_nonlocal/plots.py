@@ -70,7 +70,8 @@ def _inset(block: Spectrum) -> str:
     if block.neg_top is None:
         return 'not finite'
     align = '' if block.alignment is None else f'\nalign {block.alignment:+.2f}'
-    return f'{block.neg_top}− / {block.pos_top}+\nrandom {block.neg_top_null:.1f} ± {block.neg_top_null_sd:.1f} −{align}'
+    null = f'random {block.neg_top_null:.1f} ± {block.neg_top_null_sd:.1f} −'
+    return f'{block.neg_top}− / {block.pos_top}+\n{null}{align}'
 
 
 def _bars(line, blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
