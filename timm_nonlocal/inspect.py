@@ -2,9 +2,9 @@
 
     python -m timm_nonlocal.inspect TARGET… [--stability] [--data-dir DIR] [--json] [--plot FILE] [--check EXPR]
 
-Exit codes, the highest of all targets: 0 done; 1 a --check failed or weights are not finite; 2 the arguments are off;
-3 a target cannot be found or read; 4 it has no nonlocal block; 5 an unsafe pickle is refused; 6 the Hub cannot be
-reached or does not let us in.
+Exit codes, the highest of all targets: 0 done; 1 a --check failed, or weights or features are not finite; 2 the
+arguments are off; 3 a target cannot be found or read; 4 it has no nonlocal block; 5 an unsafe pickle is refused; 6 the
+Hub cannot be reached or does not let us in.
 """
 
 import argparse
