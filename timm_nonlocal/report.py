@@ -199,6 +199,8 @@ def _inside(stage: Stage) -> list[str]:
                      f'{_number(values[2], ".4g"):>9} {_number(kappa, ".4f"):>9}')
     if found['kappa_stage'] is not None:
         lines.append(f'  all in a row: kappa = {_number(found["kappa_stage"], ".4f")} for the A measured')
+    elif found['markov']:
+        lines.append('  no kappa: at some position the stationary distribution of A is next to 0')
     return lines
 
 
