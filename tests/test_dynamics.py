@@ -182,3 +182,16 @@ def test_ritz_values_of_a_map_with_a_small_invariant_subspace():
     diagonal = torch.tensor([3.0, -5.0, 1.0, 1.0], dtype=torch.float64)
     values = dynamics.ritz(lambda v: diagonal * v, torch.ones(4, dtype=torch.float64), 10).real.sort().values
     assert values.tolist() == pytest.approx([-5, 1, 3])
+
+
+def test_a_chain_that_is_not_reversible_where_it_hardly_is():
+    """Sharp attention with θ ≠ φ: the defect sees nothing but the few positions that have nearly all the weight."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        a = (torch.randn(40, 40, generator=generator, dtype=torch.float64) * 3).softmax(1)
+        a[0] = 0
+        a[0, 0] = 1  # every walk ends there
+        c = dynamics.chain(a)
+        expected = torch.linalg.eigvals(a).abs().sort().values[-2].item()  # beside the 1 of the constants
+        assert c.defect < dynamics.REVERSIBLE and not c.reversible and not c.weighs_all
+        assert c.values.abs().max().item() == pytest.approx(expected, rel=1e-6)

@@ -188,6 +188,20 @@ def test_data_dir(inspect, small_cifar_here, tmp_path):
     assert 1 <= measured['kappa_stage'] <= stability['kappa'] * (1 + 1e-3)
 
 
+def test_images_that_do_not_go_through(inspect, small_cifar_here, tmp_path):
+    gray = timm.create_model('preresnet20_nl_proposed_k1', in_chans=1)
+    save_for_hf(gray, tmp_path / 'gray', safe_serialization=True)
+    code, out, err = inspect(tmp_path / 'gray', '--data-dir', small_cifar_here, '--num-images', 2, '-q')
+    assert (code, out) == (3, '') and 'the network does not take these images' in err and 'Traceback' not in err
+    model = timm.create_model('preresnet20_nl_proposed_k1')
+    model.conv1.weight.data.fill_(float('nan'))
+    save_for_hf(model, tmp_path / 'nan', safe_serialization=True)
+    code, out, err = inspect(tmp_path / 'nan', '--data-dir', small_cifar_here, '--num-images', 2, '--json')
+    (target,) = json.loads(out)['targets']
+    assert code == 1 and 'features of the images are not finite' in err
+    assert target['images'] is target['stages'][0]['images'] is None
+
+
 def test_pictures_for_a_bare_file(inspect, weights, tmp_path):
     from PIL import Image
     (tmp_path / 'pictures').mkdir()
@@ -195,11 +209,18 @@ def test_pictures_for_a_bare_file(inspect, weights, tmp_path):
     arguments = (weights[0], '--images', tmp_path / 'pictures', '-q')
     fails(inspect, 3, 'does not say which network it belongs to: name it with --arch', *arguments)
     fails(inspect, 3, 'no such registered name. Did you mean', *arguments, '--arch', 'preresnet20_nl_proposed_k9')
-    fails(inspect, 3, 'the network cannot be built', *arguments, '--arch', 'preresnet20_nl_proposed_k3')
+    fails(inspect, 3, 'the network cannot be built: Error(s) in loading state_dict for PreResNet: Missing key(s)',
+          *arguments, '--arch', 'preresnet20_nl_proposed_k3')
     code, out, err = inspect(*arguments, '--arch', 'preresnet20_nl_proposed_k2')
     assert (code, err) == (0, '') and 'predictions on 1 images' in out
     (tmp_path / 'pictures' / 'one.png').unlink()
     fails(inspect, 3, 'holds no picture', *arguments, '--arch', 'preresnet20_nl_proposed_k2')
+
+
+def test_a_control_has_no_kappa_and_that_is_said(inspect, weights):
+    save_file(timm.create_model('preresnet20_nl_proposed_k1', nl_args={'affinity': 'uniform'}).state_dict(), weights[0])
+    code, out, err = inspect(weights[0], '--stability')
+    assert code == 0 and 'all in a row' not in out and 'so that it has no kappa' in err
 
 
 def test_foreign_blocks_are_not_watched(inspect, tmp_path, monkeypatch):
@@ -237,8 +258,10 @@ def test_plot_shows_the_counts(inspect, weights, tmp_path):
 
 def test_plot_that_cannot_be_made(inspect, weights, tmp_path, monkeypatch):
     pytest.importorskip('matplotlib')
-    code, _, err = inspect(weights[0], '--plot', tmp_path / 'figure.nonsense')
-    assert code == 2 and len(err.splitlines()) == 1 and not (tmp_path / 'figure.nonsense').exists()
+    code, out, err = inspect(weights[0], '--plot', tmp_path / 'figure.gif')
+    assert (code, out) == (2, '') and 'name a file that ends in .png, .svg or .pdf' in err
+    code, _, err = inspect(weights[0], '--plot', tmp_path / 'missing' / 'figure.png', '-q')
+    assert code == 2 and len(err.splitlines()) == 1
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     code, _, err = inspect(weights[0], '--plot', tmp_path / 'figure.png')
     assert code == 2 and "pip install 'timm_nonlocal[plot]'" in err
@@ -271,10 +294,37 @@ def test_1_weights_that_are_not_finite(inspect, weights):
         assert inspect(weights[0], '--format', form)[0] == 1
 
 
+@pytest.mark.parametrize(('scale', 'dtype', 'note'), [
+    (1e100, torch.float64, 'the weights are not finite'), (1e30, torch.float32, 'kappa does not fit into float64')])
+def test_1_weights_that_overflow(inspect, weights, scale, dtype, note):
+    model = timm.create_model('preresnet20_nl_proposed_k4').to(dtype)
+    for block in model.layer1.nl.sub_blocks:
+        block.g.weight.data *= scale
+        block.z.weight.data *= scale
+    save_file(model.state_dict(), weights[0])
+    code, out, err = inspect(weights[0], '--json', '--stability')
+    assert code == 1 and len(err.splitlines()) == 1 and note in err
+    assert json.loads(out)['targets'][0]['stages'][0]['stability'] is None
+
+
+def test_counts_are_said_of_as_many_as_random_weights_would_have(inspect, weights):
+    """A first block without 32 eigenvalues, or without any number, does not change the heading of the others."""
+    model = timm.create_model('preresnet20_nl_proposed_k3')
+    model.layer1.nl.sub_blocks[0].g.weight.data.fill_(float('nan'))
+    model.layer1.nl.sub_blocks[1].z.weight.data.zero_()
+    model.layer1.nl.sub_blocks[2].z.weight.data *= 1e-6
+    save_file(model.state_dict(), weights[0])
+    _, out, _ = inspect(weights[0], '-q')
+    assert 'random weights: 16.0 ± 0.6 of 32 negative' in out and 'top 32 -/+' in out
+    zero, small = (line.split() for line in out.splitlines()[5:])
+    assert zero[1:3] == ['0/', '0'] and zero[-1] == 'zero_weight' and 'e-0' in small[2]
+
+
 @pytest.mark.parametrize('arguments', [
     [], ['x', '--jso'], ['x', '--top', '0'], ['x', '--check', 'neg_top'], ['x', '--check', 'color<3'],
     ['x', '--check', 'kappa<2'], ['x', '--key-map', 'g=('], ['x', '--mu-max', '3'], ['x', '--format', 'xml'],
-    ['x', '--data-dir', 'a', '--images', 'b'], ['x', '--num-images', '0'], ['x', '--token', '--no-token'],
+    ['x', '--bn-eps', '-1'], ['x', '--data-dir', 'a', '--images', 'b'], ['x', '--num-images', '0'],
+    ['x', '--token', '--no-token'],
 ])
 def test_2_usage(inspect, arguments):
     code, out, err = inspect(*arguments)
@@ -284,6 +334,7 @@ def test_2_usage(inspect, arguments):
 def test_3_not_found_or_damaged(inspect, weights, tmp_path):
     fails(inspect, 3, 'Did you mean preresnet20_nl_proposed_k', 'preresnet20_nl_proposed_k0')
     fails(inspect, 3, 'no such file or folder', tmp_path / 'gone.safetensors')
+    fails(inspect, 6, 'is not in the cache, and this is offline; here is no such file or folder', 'runs/typo')
     (tmp_path / 'empty').mkdir()
     fails(inspect, 3, 'holds no model.safetensors', tmp_path / 'empty')
     (tmp_path / 'cut.safetensors').write_bytes(weights[0].read_bytes()[:-1])

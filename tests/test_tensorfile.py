@@ -220,3 +220,21 @@ def test_shards(tmp_path):
 def test_indexes_that_are_none_or_point_elsewhere(index):
     with pytest.raises(CheckpointError, match='is not an index of shards|does not lie beside it'):
         ShardedFile('index', index, lambda names: names, pytest.fail)
+
+
+if __name__ == '__main__':  # pip install atheris; PYTHONPATH=. python tests/test_tensorfile.py -max_total_time=180
+    import sys
+    import tempfile
+    from pathlib import Path
+
+    import atheris
+
+    from timm_nonlocal import tensorfile
+
+    for part in (tensorfile.header_length, tensorfile.parse_header, tensorfile.RangedFile.__init__):
+        atheris.instrument_func(part)
+    with tempfile.TemporaryDirectory() as seeds:
+        for number, seed in enumerate([GOOD, one(), *(data for data, _ in HOSTILE.values() if len(data) < 4096)]):
+            Path(seeds, str(number)).write_bytes(seed)
+        atheris.Setup([*sys.argv, '-max_len=4096', seeds], attempt)
+        atheris.Fuzz()

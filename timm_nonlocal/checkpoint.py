@@ -129,7 +129,11 @@ def open_target(target: str, options: Optional[Options] = None) -> Source:
     if target.startswith('local-dir:') or (target.count('/') != 1 and '/' in target) or _is_weights(path):
         raise CheckpointError(f'{target}: no such file or folder')
     if '/' in target:
-        return _hub(target, target, options)
+        try:
+            return _hub(target, target, options)
+        except CheckpointError as error:
+            error.args = (f'{error}; here is no such file or folder',)
+            raise
     return _registered(target, options)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 WIDE = 256  # channels above which the product of several steps is not formed
+NEGLIGIBLE = 1e-8  # of the mean weight: positions that A leaves and hardly returns to
 REVERSIBLE = 1e-6  # up to this relative defect of detailed balance A counts as that of a symmetric kernel
 
 
@@ -153,7 +154,14 @@ class Chain:
 
     @property
     def reversible(self) -> bool:
-        return self.defect <= REVERSIBLE
+        """Also seen at positions of hardly any weight, to which the defect is blind."""
+        s = self.balanced
+        return self.defect <= REVERSIBLE and bool((s - s.T).norm() <= REVERSIBLE * s.norm())
+
+    @property
+    def weighs_all(self) -> bool:
+        """Whether every position counts in the norm weighted by π, without which an amplification says nothing."""
+        return bool(self.pi.min() * len(self.pi) >= NEGLIGIBLE)
 
     @property
     def balanced(self) -> Tensor:

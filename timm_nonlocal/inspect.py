@@ -2,13 +2,14 @@
 
     python -m timm_nonlocal.inspect TARGET… [--stability] [--data-dir DIR] [--json] [--plot FILE] [--check EXPR]
 
-Exit codes, the highest of all targets: 0 done; 1 a --check failed or weights are not finite; 2 the arguments are off;
-3 a target cannot be found or read; 4 it has no nonlocal block; 5 an unsafe pickle is refused; 6 the Hub cannot be
-reached or does not let us in.
+Exit codes, the highest of all targets: 0 done; 1 a --check failed, or weights or features are not finite; 2 the
+arguments are off; 3 a target cannot be found or read; 4 it has no nonlocal block; 5 an unsafe pickle is refused; 6 the
+Hub cannot be reached or does not let us in.
 """
 
 import argparse
 import fnmatch
+import math
 import os
 import sys
 import traceback
@@ -98,6 +99,10 @@ def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
         parser.error(str(error))
     if (args.top is not None and args.top < 1) or args.num_images < 1 or args.timeout <= 0 or args.dpi < 1:
         parser.error('--top, --num-images, --timeout and --dpi must be above 0')
+    if args.bn_eps < 0:
+        parser.error(f'--bn-eps {args.bn_eps}: it is added to a variance, 0 or above')
+    if args.plot is not None and Path(args.plot).suffix not in ('.png', '.svg', '.pdf'):
+        parser.error(f'--plot {args.plot}: name a file that ends in .png, .svg or .pdf')
     if args.mu_max is not None and not 0 < args.mu_max <= 2:
         parser.error(f'--mu-max {args.mu_max}: the eigenvalues of I - A lie between 0 and 2')
     args.stability |= bool(args.mu_max or args.data_dir or args.images)
@@ -138,8 +143,14 @@ def examine(target: str, args: argparse.Namespace) -> Result:
             for block in group:
                 w_z, w_g, factor = weights(block, tensors, args.bn_eps)
                 factors.append((factor[:, None] * w_z if args.fold_bn else w_z, w_g))
-            each, stage.stability = stability(factors, stage.formulation, group[0].symmetric, args.mu_max)
-            stage.blocks = [record.with_stability(own) for record, own in zip(records, each, strict=True)]
+            try:
+                each, stage.stability = stability(factors, stage.formulation, group[0].symmetric, args.mu_max)
+                stage.blocks = [record.with_stability(own) for record, own in zip(records, each, strict=True)]
+            except OverflowError as error:
+                result.code = 1
+                result.warnings.append(f'{name}: {error}')
+        elif args.stability:
+            result.warnings.append(f'{name}: the names do not tell eq. (1) from eq. (8), so that it has no kappa')
         result.stages.append(stage)
     if args.data_dir or args.images:
         _watch(result, args)
@@ -176,7 +187,14 @@ def build(source: Source, arch: Optional[str]) -> nn.Module:
         return model.eval()
     except (RuntimeError, TypeError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(f'{source.input}: the network cannot be built: '
-                              f'{str(error).strip().splitlines()[0][:300]}') from error
+                              f'{" ".join(str(error).split())[:300]}') from error
+
+
+def _finite(value: Any) -> bool:
+    """Whether all numbers inside dicts and lists are finite."""
+    if isinstance(value, (dict, list)):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _watch(result: Result, args: argparse.Namespace) -> None:
@@ -193,7 +211,15 @@ def _watch(result: Result, args: argparse.Namespace) -> None:
         if sys.stderr.isatty() and not args.quiet:
             print(f'\r{done} of {total} images', end='\r', file=sys.stderr, flush=True)
 
-    result.images = recorder.watch(model, images, labels, tick)
+    try:
+        result.images = recorder.watch(model, images, labels, tick)
+    except RuntimeError as error:  # such as images of another form than the network takes
+        raise CheckpointError(f'{result.source.input}: the network does not take these images: '
+                              f'{" ".join(str(error).split())[:300]}') from error
+    if not _finite(result.images):
+        result.code, result.images = 1, None
+        result.warnings.append('the features of the images are not finite, so they are not shown')
+        return
     measured = result.images.pop('parts')
     for stage in result.stages:
         stage.images = measured.get(stage.name)

@@ -70,7 +70,8 @@ def _inset(block: Spectrum) -> str:
     if block.neg_top is None:
         return 'not finite'
     align = '' if block.alignment is None else f'\nalign {block.alignment:+.2f}'
-    return f'{block.neg_top}− / {block.pos_top}+{align}'
+    null = f'random {block.neg_top_null:.1f} ± {block.neg_top_null_sd:.1f} −'
+    return f'{block.neg_top}− / {block.pos_top}+\n{null}{align}'
 
 
 def _bars(line, blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
@@ -92,7 +93,7 @@ def _overlaid(line, blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
                    label=f'{stage.name or "(root)"} {block.index}: {_inset(block)}'.replace('\n', ', '))
     panel.axhline(0, color='black', linewidth=0.5)
     panel.set_ylim(-1.1 * limit, 1.1 * limit)
-    panel.legend(fontsize='x-small')
+    panel.legend(fontsize='x-small', loc='lower center', bbox_to_anchor=(0.5, 1))  # above, where nothing is hidden
 
 
 def _planes(line, blocks: list[tuple[Stage, Spectrum]], overlay: bool) -> None:

@@ -123,8 +123,9 @@ def _inside(part: Part, x: Tensor, spectral: bool) -> dict[str, Any]:
     if spectral and is_markov:
         chain, ws, kind = dynamics.chain(a), weights(part), formulation(part)
         record['markov'] = {'row_sum_error': (sums - 1).abs().max().item(), **dynamics.markov(chain)}
-        record['kappa'] = [dynamics.amplification(chain, [w], kind) for w in ws]
-        record['kappa_stage'] = dynamics.amplification(chain, ws, kind)
+        if chain.weighs_all:
+            record['kappa'] = [dynamics.amplification(chain, [w], kind) for w in ws]
+            record['kappa_stage'] = dynamics.amplification(chain, ws, kind)
     return record
 
 
@@ -141,12 +142,13 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     """What one part shows over all images. Energies are those after n blocks over those of the input."""
     tracks = _mean([record['track'] for record in records])
     spectral = [record for record in records if 'markov' in record]
+    weighted = [record for record in records if 'kappa' in record]
     return {
         'is_markov': all(record['is_markov'] for record in records),
         'markov': _mean([record['markov'] for record in spectral]) if spectral else None,
         'mu_max': max(record['markov']['mu_max'] for record in spectral) if spectral else None,
-        'kappa': [max(values) for values in zip(*(record['kappa'] for record in spectral), strict=True)],
-        'kappa_stage': max(record['kappa_stage'] for record in spectral) if spectral else None,
+        'kappa': [max(values) for values in zip(*(record['kappa'] for record in weighted), strict=True)],
+        'kappa_stage': max(record['kappa_stage'] for record in weighted) if weighted else None,
         **{name: [value / values[0] if values[0] else None for value in values] for name, values in tracks.items()},
     }
 
@@ -168,8 +170,9 @@ def watch(model: nn.Module, images: Tensor, labels: Optional[Tensor] = None,
         agreement: percent of the images whose prediction stays the same with A uniform and identity.
         parts: by name, `is_markov` (A ≥ 0 with rows that sum to one), `markov` (`dynamics.markov`, the mean over the
             spectral images), `mu_max`, `kappa` of every block and `kappa_stage` (the largest over them, exact for
-            the A at hand), and `dirichlet`, `variance` and `power` after 0…k blocks over those of the input, in the
-            first block's A. Of an A that is no Markov matrix only the last three, with uniform weights.
+            the first block's A; [] and None where π leaves out positions, `dynamics.NEGLIGIBLE`), and `dirichlet`,
+            `variance` and `power` after 0…k blocks over those of the input, in the first block's A. Of an A that is
+            no Markov matrix only the last three, with uniform weights.
     """
     doubles = {name: copy.deepcopy(part).double() for name, part in parts(model).items()}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in doubles}

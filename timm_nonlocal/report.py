@@ -112,13 +112,21 @@ def to_csv(results: list[Result]) -> str:
 
 
 def _number(value: Optional[float], form: str) -> str:
-    return '-' if value is None else format(value, form)
+    if value is None:
+        return '-'
+    if form == '.4f' and value and not 1e-3 <= abs(value) < 1e4:
+        form = '.2e'  # neither digits that say nothing nor a row of zeros
+    return format(value, form)
 
 
-def _null(block: Spectrum) -> str:
-    if block.neg_top_null is None:
-        return ''
-    return f'random weights: {block.neg_top_null:.1f} ± {block.neg_top_null_sd:.1f} of {block.top_k} negative'
+def _heading(stage: Stage) -> tuple[str, str]:
+    """Of the column of counts, and what random weights show in it."""
+    block = next((block for block in stage.blocks if block.neg_top_null is not None), None)
+    if block is None:
+        return 'top -/+', ''
+    counted = round(2 * block.neg_top_null)  # zeros among a block's own are not
+    return f'top {counted} -/+', (
+        f'; random weights: {block.neg_top_null:.1f} ± {block.neg_top_null_sd:.1f} of {counted} negative')
 
 
 def _title(stage: Stage) -> str:
@@ -132,9 +140,9 @@ def table(result: Result, color: bool = False) -> str:
     """A line a block under a line a stage, then what was asked of the stage."""
     lines = [result.source.label]
     for stage in result.stages:
-        first = stage.blocks[0]
-        lines += ['', f'{_title(stage)}; {_null(first)}'.rstrip('; '),
-                  f'{"block":>5}  {f"top {first.top_k} -/+":>10}' + ''.join(
+        counts, null = _heading(stage)
+        lines += ['', _title(stage) + null,
+                  f'{"block":>5}  {counts:>10}' + ''.join(
                       f' {heading:>{width}}' for heading, width, _, _ in COLUMNS)]
         for block in stage.blocks:
             counts = '-' if block.neg_top is None else f'{block.neg_top}/{block.pos_top:>2}'
@@ -169,9 +177,9 @@ def _stability(stage: Stage) -> list[str]:
         found = block.stability
         if found:
             outside = f'{found["outside"]}/{len(found["eigenvalues"])}'
-            lines.append(f'{block.index:>5}  {found["kappa"]:>10.4f} {found["radius"]:>9.4f} {outside:>9} '
-                         f'{_number(found["constant_gain"], ".4f"):>9}')
-    return [*lines, f'  all in a row: kappa = {whole["kappa"]:.4f} at mu = {whole["at_mu"]:.3f}']
+            kappa, radius, gain = (_number(found[name], '.4f') for name in ('kappa', 'radius', 'constant_gain'))
+            lines.append(f'{block.index:>5}  {kappa:>10} {radius:>9} {outside:>9} {gain:>9}')
+    return [*lines, f'  all in a row: kappa = {_number(whole["kappa"], ".4f")} at mu = {whole["at_mu"]:.3f}']
 
 
 def _inside(stage: Stage) -> list[str]:
@@ -190,7 +198,9 @@ def _inside(stage: Stage) -> list[str]:
         lines.append(f'{n:>5}  {_number(values[0], ".4g"):>10} {_number(values[1], ".4g"):>9} '
                      f'{_number(values[2], ".4g"):>9} {_number(kappa, ".4f"):>9}')
     if found['kappa_stage'] is not None:
-        lines.append(f'  all in a row: kappa = {found["kappa_stage"]:.4f} for the A measured')
+        lines.append(f'  all in a row: kappa = {_number(found["kappa_stage"], ".4f")} for the A measured')
+    elif found['markov']:
+        lines.append('  no kappa: at some position the stationary distribution of A is next to 0')
     return lines
 
 
@@ -210,9 +220,9 @@ def markdown(results: list[Result]) -> str:
     for result in results:
         lines += [f'**{result.source.label}**' if result.source else f'**{result.input}**', '']
         for stage in result.stages:
-            first = stage.blocks[0]
-            lines += [f'{_title(stage)}; {_null(first)}'.rstrip('; '), '',
-                      '| ' + ' | '.join(['block', f'top {first.top_k} -/+', *(column[0].replace('||', '‖')
+            counts, null = _heading(stage)
+            lines += [_title(stage) + null, '',
+                      '| ' + ' | '.join(['block', counts, *(column[0].replace('||', '‖')
                                                                              for column in COLUMNS), 'kappa']) + ' |',
                       '| ---: ' * (len(COLUMNS) + 3) + '|']
             for block in stage.blocks:

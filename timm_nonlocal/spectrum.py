@@ -23,7 +23,7 @@ _EPS = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The spectrum of one block or sub-block. Numbers are None where undefined, as all are of weights with NaN.
+    """The spectrum of one block or sub-block. Numbers are None where undefined, as all are where 'nonfinite' is a flag.
 
     Attributes:
         stage: the state-dict prefix of the nonlocal part.
@@ -53,7 +53,7 @@ class Spectrum:
         stable_rank: ‖W‖_F² / ‖W‖₂².
         effective_rank: exp of the entropy of σ/Σσ (Roy, Vetterli 2007).
         nonnormality: ‖W Wᵀ - Wᵀ W‖_F / ‖W‖_F² (Henrici), 0 where the eigenvectors of W are orthogonal.
-        flags: 'zero_weight', 'rank_deficient' (rank W < C' in float64), 'nonfinite', 'untrained'.
+        flags: 'zero_weight', 'rank_deficient' (rank W < C' in float64), 'nonfinite' (‖W‖² is, in float64), 'untrained'.
         raw: the same without folding, where something was folded.
         stability: what `timm_nonlocal.stability` says of W, where asked for.
     """
@@ -153,7 +153,7 @@ def _eigenvalues(w: Tensor, channels: int) -> Tensor:
 
 
 def numbers(w_z: Tensor, w_g: Tensor, top: Optional[int] = TOP) -> dict[str, Any]:
-    """Every number of a `Spectrum` from its weights; only the flag 'nonfinite' where they are not finite.
+    """Every number of a `Spectrum` from its weights; only the flag 'nonfinite' where ‖W‖² is not finite in float64.
 
     Args:
         w_z: (C, C'), any floating dtype.
@@ -164,7 +164,7 @@ def numbers(w_z: Tensor, w_g: Tensor, top: Optional[int] = TOP) -> dict[str, Any
     w_z, w_g = w_z.double(), w_g.double()
     left, right = restricted(w_z, w_g)
     w = left @ right
-    if not w.isfinite().all():
+    if not w.square().sum().isfinite():
         return {'flags': ('nonfinite',)}
     values = _eigenvalues(w, channels)
     kept = values[values.abs() > channels * _EPS * values[0].abs()]

@@ -1,5 +1,6 @@
 """The CFL number of section 4.4 for the blocks of one stage, from their weights: how far a frozen A could amplify."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from . import dynamics
 from .spectrum import restricted
 
+LARGEST = 345.0  # log of the largest κ: its square is below 1e300
 
 def stability(weights: Sequence[tuple[Tensor, Tensor]], formulation: str, symmetric: Optional[bool] = None,
               mu_max: Optional[float] = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -27,9 +29,14 @@ def stability(weights: Sequence[tuple[Tensor, Tensor]], formulation: str, symmet
         and one of the stage: `mu_max`; `mu_basis`, 'given', 'bound' (φ = θ: μ ≤ 1 for the Gaussian kernels) or
         'assumed' (θ ≠ φ or unknown: the number is exact only for an A that is measured); `kappa` of all blocks in a
         row, `at_mu`, the μ where it is reached.
+
+    Raises:
+        OverflowError: κ² might exceed what float64 holds.
     """
     basis = 'given' if mu_max is not None else 'bound' if symmetric else 'assumed'
     mu_max = 1.0 if mu_max is None else mu_max
+    if sum(math.log1p(2 * (w_z.double().norm() * w_g.double().norm()).item()) for w_z, w_g in weights) > LARGEST:
+        raise OverflowError('the weights are so large that kappa does not fit into float64')
     blocks, whole = [], []
     for w_z, w_g in weights:
         left, right = restricted(w_z.double(), w_g.double())
