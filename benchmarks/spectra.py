@@ -7,7 +7,6 @@ programs take away is not ours. Prints the part of BENCHMARKS.md between its mar
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import timm_nonlocal
+import timm_nonlocal  # noqa: F401
+from train.runs import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / 'BENCHMARKS.md'
@@ -81,8 +81,9 @@ def text(found: list[tuple[str, float, float]]) -> str:
              'included, on one thread, the fastest of several fresh processes.', '',
              '| what | goal | seconds |', '| --- | --- | --- |']
     lines += [f'| {what} | {"-" if goal is None else f"{goal:g}"} | {taken:.3f} |' for what, goal, taken in found]
-    lines += ['', f'{platform.machine()}, {cores} cores, torch {torch.__version__}, '
-                  f'timm_nonlocal {timm_nonlocal.__version__}.', END]
+    where = surroundings(torch.device('cpu'))
+    lines += ['', f'{where["device"]}, {cores} cores, {", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)}, '
+                  f'commit {where["commit"]}.', END]
     return '\n'.join(lines)
 
 
