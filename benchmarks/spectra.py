@@ -75,15 +75,14 @@ def rows(repeats: int) -> list[tuple[str, float, float]]:
 
 
 def text(found: list[tuple[str, float, float]]) -> str:
-    cores = os.cpu_count()
     lines = [BEGIN, '## Inspect', '',
              'Seconds of `python -m timm_nonlocal.inspect … --json` beyond its imports, expectation of random weights '
              'included, on one thread, the fastest of several fresh processes.', '',
              '| what | goal | seconds |', '| --- | --- | --- |']
     lines += [f'| {what} | {"-" if goal is None else f"{goal:g}"} | {taken:.3f} |' for what, goal, taken in found]
     where = surroundings(torch.device('cpu'))
-    lines += ['', f'{where["device"]}, {cores} cores, {", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)}, '
-                  f'commit {where["commit"]}.', END]
+    versions = ', '.join(f'{name} {version}' for name, version in where['versions'].items() if version)
+    lines += ['', f'{where["device"]}, {os.cpu_count()} cores, {versions}, commit {where["commit"]}.', END]
     return '\n'.join(lines)
 
 
