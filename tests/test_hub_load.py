@@ -1,6 +1,6 @@
 """`timm.create_model('hf-hub:…', pretrained=True)` in fresh processes, from the Hub double and from a mirror before it.
 
-`--loader PYTHON` has another environment's client do it, `--olah OLAH_CLI` puts that mirror to work.
+`--loader=PYTHON` has another environment's client do it, `--olah=OLAH_CLI` puts that mirror to work.
 """
 
 import itertools
@@ -184,7 +184,7 @@ def mirror(request, published, tmp_path):
     """olah, a read-only mirror, in front of the double; its address."""
     command, hub = request.config.getoption('--olah'), published[0]
     if not command:
-        pytest.skip('olah-cli is not installed: pip install olah, or --olah OLAH_CLI')
+        pytest.skip('olah-cli is not installed: pip install olah, or --olah=OLAH_CLI')
     with socket.create_server(('127.0.0.1', 0)) as free:
         address = f'127.0.0.1:{free.getsockname()[1]}'
     options = {'host': '127.0.0.1', 'port': address.split(':')[1], 'hf-scheme': 'http', 'mirror-scheme': 'http',
