@@ -17,11 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 import timm_nonlocal  # noqa: F401
-from train.runs import surroundings
-
-ROOT = Path(__file__).resolve().parents[1]
-REPORT = ROOT / 'BENCHMARKS.md'
-BEGIN, END = '<!-- inspect: made by `python -m benchmarks.spectra` -->', '<!-- /inspect -->'
+from benchmarks.document import write_part
+from train.runs import ROOT, surroundings
 
 TIMED = """
 import json, sys, time
@@ -75,25 +72,15 @@ def rows(repeats: int) -> list[tuple[str, float, float]]:
 
 
 def text(found: list[tuple[str, float, float]]) -> str:
-    lines = [BEGIN, '## Inspect', '',
+    lines = ['## Inspect', '',
              'Seconds of `python -m timm_nonlocal.inspect … --json` beyond its imports, expectation of random weights '
              'included, on one thread, the fastest of several fresh processes.', '',
              '| what | goal | seconds |', '| --- | --- | --- |']
     lines += [f'| {what} | {"-" if goal is None else f"{goal:g}"} | {taken:.3f} |' for what, goal, taken in found]
     where = surroundings(torch.device('cpu'))
     versions = ', '.join(f'{name} {version}' for name, version in where['versions'].items() if version)
-    lines += ['', f'{where["device"]}, {os.cpu_count()} cores, {versions}, commit {where["commit"]}.', END]
+    lines += ['', f'{where["device"]}, {os.cpu_count()} cores, {versions}, commit {where["commit"]}.']
     return '\n'.join(lines)
-
-
-def write(section: str) -> None:
-    """Puts the section in the place of the one before, or at the end."""
-    old = REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n'
-    before, begin, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2] if begin else '\n'
-    beside = REPORT.with_name(f'.part.{REPORT.name}')
-    beside.write_text(f'{before.rstrip()}\n\n{section}{after}')
-    beside.replace(REPORT)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     section = text(rows(args.repeats))
     if not args.dry_run:
-        write(section)
+        write_part('spectra', section)
     print(section)
     return 0
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_report import TARGETS, render, table
+from benchmarks.document import render
+from benchmarks.train_report import TARGETS, report, table
 from train.data import Images, frame, whole_plan
 from train.loop import How, Trainer
 from train.pool import Pool
@@ -231,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.render is None:
             print(table(run(args.output, args.max_minutes)))
         else:
-            render(args.render)
+            render('train', args.render, report)
     except (OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

@@ -1,16 +1,7 @@
 """What the figures of training steps are held against, and how they are shown: a table, and a part of BENCHMARKS.md."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from train.runs import ROOT
-from train.state import write
-
-KEPT, REPORT = ROOT / 'benchmarks' / 'train.json', ROOT / 'BENCHMARKS.md'
-BEGIN, END = '<!-- training: made by `python -m benchmarks.train` -->', '<!-- /training -->'
 
 
 @dataclass(frozen=True)
@@ -93,21 +84,3 @@ def _goal(model: str, seeds: int, floor: str, goal: str, gpus: dict[str, Any]) -
     ratio = f'{row["ms"] / TARGETS[model].floor:.2f}' if seeds == 1 else '-'
     measured = f'{row["ms"]:.3f}' + (f', {row["ms"] / one[0]:.2f} × one seed' if one and seeds > 1 else '')
     return f'| {model} | {seeds} | {floor} | {goal} | {measured} | {ratio} | {row["mode"]} | {device} |'
-
-
-def put(text: str, part: str) -> str:
-    """A document with the part between the markers replaced, or added at the end where there is none yet."""
-    block = f'{BEGIN}\n{part}\n{END}'
-    if BEGIN not in text:
-        return f'{text.rstrip()}\n\n{block}\n'.lstrip()
-    return f'{text[:text.index(BEGIN)]}{block}{text[text.index(END) + len(END):]}'
-
-
-def render(files: Sequence[Path]) -> None:
-    """Merges files into what is kept, a device's newer record for its older one, and writes BENCHMARKS.md."""
-    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
-    for path in files:
-        kept |= json.loads(path.read_text())
-    write(KEPT, lambda path: path.write_text(json.dumps(kept, indent=1) + '\n'))
-    text = REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n'
-    write(REPORT, lambda path: path.write_text(put(text, report(kept))))

@@ -143,15 +143,3 @@ def test_what_only_gpus_have_is_shown():
                  '| `apply` | 50.0 | 4 |'):
         assert line in text
     assert 'fastest tile of apply: (64, 64, 4, 3), 0.100 ms' in report.table(found)
-
-
-def test_a_document_keeps_what_is_around_the_report():
-    once = report.put('# Benchmarks\n\n## Other\n\ntext\n', 'ours')
-    assert once.startswith('# Benchmarks\n\n## Other\n\ntext\n') and once.count('ours') == 1
-    twice = report.put(once + '\n## Later\n', 'new')
-    assert 'ours' not in twice and twice.endswith('\n## Later\n') and report.put(twice, 'new') == twice
-
-
-def test_benchmarks_md_is_what_the_figures_make_it():
-    kept = json.loads(report.KEPT.read_text())
-    assert report.put(text := report.REPORT.read_text(), report.report(kept)) == text

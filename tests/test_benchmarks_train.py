@@ -64,15 +64,3 @@ def test_the_report_holds_figures_against_floors_and_goals():
     table = train_report.table(record).splitlines()
     assert table[1].split()[-4:] == ['0.740', '2.00', '-', '172973']
     assert table[3].split()[-4:-1] == ['1.850', '-', '2.50']
-
-
-def test_a_document_keeps_what_is_around_the_report():
-    once = train_report.put('# Benchmarks\n\n## Other\n\ntext\n', 'ours')
-    assert once.startswith('# Benchmarks\n\n## Other\n\ntext\n') and once.count('ours') == 1
-    twice = train_report.put(once + '\n## Later\n', 'new')
-    assert 'ours' not in twice and twice.endswith('\n## Later\n') and train_report.put(twice, 'new') == twice
-
-
-def test_benchmarks_md_is_what_the_figures_make_it():
-    kept = json.loads(train_report.KEPT.read_text())
-    assert train_report.put(text := train_report.REPORT.read_text(), train_report.report(kept)) == text

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from numerics import TOLERANCE, chain_in_float64, relative
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.stage.check import TOLERANCE, chain_in_float64, outputs, reference, relative
 from conftest import ROOT, run
 from timm_nonlocal import NonlocalBlock, NonlocalStage, ops_products
 from timm_nonlocal.ops import nonlocal_stage
@@ -27,20 +27,6 @@ def scaled(module, x, largest):
     """Sets the scale so that the largest logit in magnitude is as asked."""
     q, k = copy.deepcopy(module).double().embed(x.double().flatten(2).transpose(1, 2))
     module.affinity.scale = largest / (q @ k.transpose(1, 2)).abs().max().item()
-
-
-def outputs(module, x, dz):
-    """Z, dX and the gradient of all weights as one vector."""
-    x = x.detach().requires_grad_()
-    z = module(x)
-    dx, *dw = torch.autograd.grad(z, [x, *module.parameters()], dz.to(z.dtype))
-    return z.detach(), dx, torch.cat([w.flatten() for w in dw])
-
-
-def reference(module, x, dz):
-    module = copy.deepcopy(module).double()
-    module.merged = False
-    return outputs(module, x.double(), dz.double())
 
 
 def assert_accurate(module, x, dz=None):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from numerics import TOLERANCE, chain_in_float64, relative
 
+from benchmarks.stage.check import TOLERANCE, chain_in_float64, relative
 from timm_nonlocal import NonlocalStage, ops
 from timm_nonlocal.ops_products import ProductChain
 

@@ -7,7 +7,8 @@ import os
 
 import pytest
 import torch
-from numerics import TOLERANCE, chain_in_float64, relative
+
+from benchmarks.stage.check import TOLERANCE, chain_in_float64, relative
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 if not INTERPRETED and not torch.cuda.is_available():

@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.document import render
 from benchmarks.stage import gpu
 from benchmarks.stage.check import checks
 from benchmarks.stage.contenders import CONTENDERS, MMCV, Case, Step, Worker
 from benchmarks.stage.counts import ceilings, counts, floor
 from benchmarks.stage.measure import captured, extra_bytes, milliseconds
-from benchmarks.stage.report import render, table
+from benchmarks.stage.report import report, table
 from timm_nonlocal.ops_products import ProductChain
 from train.runs import surroundings
 from train.state import write
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     args.given = [word for word in (sys.argv[1:] if argv is None else argv)]
     try:
         if args.render is not None:
-            render(args.render)
+            render('stage', args.render, report)
             return 0
         record = run(args)
     except (OSError, ValueError) as error:

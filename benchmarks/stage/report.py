@@ -1,15 +1,7 @@
 """How the figures are shown: a table on the terminal, and a part of BENCHMARKS.md."""
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from train.runs import ROOT
-from train.state import write
-
-KEPT, REPORT = ROOT / 'benchmarks' / 'stage.json', ROOT / 'BENCHMARKS.md'
-BEGIN, END = '<!-- stage: made by `python -m benchmarks.stage` -->', '<!-- /stage -->'
 COMMAND = 'python -m benchmarks.stage --max-minutes 8 --output DIR'
 GPU_CASE, CPU_CASE = 'B = 128, M = 1024, k = 5, bfloat16', 'B = 16, M = 1024, k = 5, float32'
 
@@ -129,22 +121,3 @@ def table(record: dict[str, Any]) -> str:
             fastest[row['kernel']] = row
     lines += [f'fastest tile of {name}: {tuple(row["tile"])}, {row["ms"]:.3f} ms' for name, row in fastest.items()]
     return '\n'.join([*lines, *(f'failed: {line}' for line in record['failed'])])
-
-
-def put(text: str, part: str) -> str:
-    """A document with the part between our marks replaced, or added at the end where there is none yet."""
-    block = f'{BEGIN}\n{part}\n{END}'
-    before, begin, rest = text.partition(BEGIN)
-    if not begin:
-        return f'{text.rstrip()}\n\n{block}\n'.lstrip()
-    return f'{before}{block}{rest.partition(END)[2]}'
-
-
-def render(files: Sequence[Path]) -> None:
-    """Merges files into what is kept, a device's newer record for its older one, and writes BENCHMARKS.md."""
-    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
-    for path in files:
-        kept |= json.loads(path.read_text())
-    write(KEPT, lambda path: path.write_text(json.dumps(kept, indent=1) + '\n'))
-    text = REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n'
-    write(REPORT, lambda path: path.write_text(put(text, report(kept))))

@@ -1,0 +1,40 @@
+"""BENCHMARKS.md: its parts, each made by a command from figures that are kept as JSON."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.runs import ROOT
+from train.state import write
+
+REPORT = ROOT / 'BENCHMARKS.md'
+
+
+def put(text: str, name: str, part: str) -> str:
+    """A document with what `python -m benchmarks.<name>` made replaced, or added at the end where it is not there."""
+    begin, end = f'<!-- {name}: made by `python -m benchmarks.{name}` -->', f'<!-- /{name} -->'
+    before, found, rest = text.partition(begin)
+    if not found:
+        return f'{text.rstrip()}\n\n{begin}\n{part}\n{end}\n'.lstrip()
+    return f'{before}{begin}\n{part}\n{end}{rest.partition(end)[2]}'
+
+
+def write_part(name: str, part: str) -> None:
+    """Puts a part into BENCHMARKS.md."""
+    text = put(REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n', name, part)
+    write(REPORT, lambda path: path.write_text(text))
+
+
+def kept(name: str) -> Path:
+    """Where the figures of a part are kept, a record a device."""
+    return ROOT / 'benchmarks' / f'{name}.json'
+
+
+def render(name: str, files: Sequence[Path], report: Callable[[dict[str, Any]], str]) -> None:
+    """Merges files into what is kept, a device's newer record for its older one, and puts the report of it."""
+    records = json.loads(kept(name).read_text()) if kept(name).is_file() else {}
+    for path in files:
+        records |= json.loads(path.read_text())
+    write(kept(name), lambda path: path.write_text(json.dumps(records, indent=1) + '\n'))
+    write_part(name, report(records))
