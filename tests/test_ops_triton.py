@@ -25,14 +25,17 @@ def fresh(seeded):
 
 
 @pytest.fixture(autouse=True, scope='module')
-def bfloat16_in_the_interpreter():
-    """The interpreter cuts bfloat16 off where a GPU rounds to nearest, and multiplies its bits as whole numbers."""
+def a_better_interpreter():
+    """The interpreter cuts bfloat16 off where a GPU rounds to nearest, and multiplies its bits as whole numbers; up to
+    Triton 3.6 it takes an array of one number for a number, which newer numpy refuses.
+    """
     if not INTERPRETED:
         yield
         return
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    cast, dot, prepare = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
     def rounding_cast(self, source, to):
         if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
@@ -44,7 +47,12 @@ def bfloat16_in_the_interpreter():
         a, b = (cast(self, z, tl.float32) if z.dtype.scalar == tl.bfloat16 else z for z in (a, b))
         return dot(self, a, b, *others)
 
+    def prepare_with_index(tensor, *scope):
+        prepare(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, '_patch_lang_tensor', prepare_with_index)
         patch.setattr(InterpreterBuilder, 'cast_impl', rounding_cast)
         patch.setattr(InterpreterBuilder, 'create_dot', wide_dot)
         yield
