@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.document import render
+from benchmarks.stage.measure import milliseconds
 from benchmarks.train_report import TARGETS, report, table
 from train.data import Images, frame, whole_plan
 from train.loop import How, Trainer
@@ -72,23 +73,13 @@ def random_images(count: int, device: torch.device) -> Images:
     return Images(frame(pixels), labels, frame(pixels.double().mean(0).div(255).float()), 10).to(device)
 
 
-def milliseconds(function: Callable[[], None], device: torch.device, repeats: int,
-                 prepare: Callable[[], None] = lambda: None) -> float:
-    """The median time of a call, after an untimed `prepare`, by device events or on the CPU by the wall clock."""
+def median_ms(function: Callable[[], None], device: torch.device, repeats: int,
+              prepare: Callable[[], None] = lambda: None) -> float:
+    """The median time of a call, after an untimed `prepare`."""
     times = []
     for _ in range(repeats):
         prepare()
-        if device.type == 'cuda':
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            function()
-            last.record()
-            last.synchronize()
-            times.append(first.elapsed_time(last))
-        else:
-            since = time.perf_counter()
-            function()
-            times.append(1000 * (time.perf_counter() - since))
+        times.append(milliseconds(function, device))
     return statistics.median(times)
 
 
@@ -121,7 +112,7 @@ def measure(case: Case, images: Images, recipe: Recipe, steps: int) -> dict[str,
     if device.type == 'cuda':
         torch.cuda.synchronize()
     set_up = time.perf_counter() - since
-    ms = milliseconds(go, device, 5 if device.type == 'cuda' else 2, rewind) / steps
+    ms = median_ms(go, device, 5 if device.type == 'cuda' else 2, rewind) / steps
     return {**asdict(case), 'mode': case.mode, 'ms': ms, 'set_up_seconds': set_up,
             'images_per_second': 1000 * case.seeds * recipe.batch_size / ms}
 
@@ -129,9 +120,9 @@ def measure(case: Case, images: Images, recipe: Recipe, steps: int) -> dict[str,
 def ceilings(device: torch.device) -> dict[str, float]:
     """A large copy in GB/s, read and written, and an 8192³ bf16 matrix product in TFLOP/s."""
     x, y = (torch.randint(0, 255, (2 ** 31,), dtype=torch.uint8, device=device) for _ in range(2))
-    copy = milliseconds(lambda: y.copy_(x), device, 20)
+    copy = median_ms(lambda: y.copy_(x), device, 20)
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = milliseconds(lambda: a @ b, device, 20)
+    product = median_ms(lambda: a @ b, device, 20)
     return {'copy_gb_per_s': 2 * x.nbytes / copy / 1e6, 'bf16_tflop_per_s': 2 * 8192 ** 3 / product / 1e9}
 
 
@@ -177,8 +168,8 @@ def epoch(case: Case, train_set: Images, test_set: Images) -> dict[str, Any]:
             trainer.pool.step(size)
             done += size
 
-    train = milliseconds(steps, device, 3, prepare=lambda: learner.seek(0))
-    test = milliseconds(lambda: count_wrong(learner.bare, test_set, columns), device, 3)
+    train = median_ms(steps, device, 3, prepare=lambda: learner.seek(0))
+    test = median_ms(lambda: count_wrong(learner.bare, test_set, columns), device, 3)
     return {**asdict(case), 'wall_seconds': wall, 'train_seconds': train / 1000, 'test_seconds': test / 1000,
             'share': (train + test) / 1000 / wall}
 

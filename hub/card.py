@@ -6,6 +6,8 @@ from itertools import groupby
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
+from timm_nonlocal.spectrum import Spectrum
+
 from . import paper
 from .results import Run, Shipped, counted, deviations, median_runs, summary
 from .spectra import of_weights
@@ -85,9 +87,8 @@ def training_text(run: Run) -> str:
     return '\n'.join(['| | |', '| --- | --- |', *(f'| {name} | {value} |' for name, value in rows if value)])
 
 
-def spectrum_text(file: Shipped) -> str:
+def spectrum_text(blocks: list[Spectrum]) -> str:
     """The signs of the top eigenvalues of every block, with what chance gives."""
-    blocks = of_weights(file.path)
     if not blocks:
         return 'There is no nonlocal block, so there is no spectrum.'
     parts = []
@@ -138,7 +139,7 @@ def card(file: Shipped, runs: list[Run]) -> tuple[str, str]:
         '## Results', results_text(file, runs),
         PICTURE.format('Training loss and errors after every epoch', 'curve.png'),
         '## Training', training_text(file.run),
-        '## Spectrum', spectrum_text(file),
+        '## Spectrum', spectrum_text(spectrum),
         '## Limits',
         'CIFAR images only: 32×32 pixels, the classes of the data set, no claim beyond its test split. Errors are '
         'those after the last epoch, so that the test images chose no epoch.',

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from . import calibration, claims, figures, paper
 from .card import card
-from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, shipped, summary
+from .claims import MISSING
+from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, shipped, summary, write
 
 MODEL_CARD = HUB.parent / 'MODEL_CARD.md'
 CARDS = HUB / 'models'
 BEGIN, END = '<!-- begin {}: made by python -m hub.cards -->', '<!-- end {} -->'
-MISSING = 'missing'
 
 
 def between(text: str, name: str, content: str) -> str:
@@ -133,10 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             problems.append(f'{name} is not what hub/results.jsonl and the weights make it: run python -m hub.cards')
             continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f'.part.{path.name}')
-        beside.write_text(text)
-        beside.replace(path)
+        write(path, text)
         print(name)
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -6,11 +6,9 @@ from math import comb
 from statistics import median
 from typing import NamedTuple
 
-from timm_nonlocal.null import null_negative
 from timm_nonlocal.spectrum import TOP
 
-from . import paper
-from .figures import SIGMAS, SIZE
+from . import figures, paper
 from .results import Run, counted
 from .spectra import kept
 
@@ -76,18 +74,17 @@ def compare(better: paper.Row, worse: paper.Row, dataset: str, runs: list[Run]) 
 def signs(panel: paper.Panel, runs: list[Run]) -> str:
     """A line about the claim that most of the top eigenvalues of every block have one sign."""
     (architecture,) = panel.architectures
-    sign = -1 if panel.claim == 'negative' else 1
     epoch = paper.recipe(architecture)['epochs']
     tops = [kept(run, epoch) for run in counted(runs, architecture, paper.FIGURE_DATASET)]
-    counts = [[sum(value * sign > 0 for value in top) for top in blocks] for blocks in tops if blocks]
+    found = [figures.signs(panel.claim, blocks) for blocks in tops if blocks]
     line = f'| {architecture}: {panel.claim} |'
-    if not counts:
+    if not found:
         return f'{line} {MISSING} | {MISSING} | {MISSING} | not judged |'
-    expected, spread = null_negative(*SIZE, TOP)
-    holding = sum(min(blocks) > expected + SIGMAS * spread for blocks in counts)
-    verdict = 'holds' if holding == len(counts) else '**contradicted**' if not holding else 'open'
+    holding = sum(figures.beyond_chance(*run) for run in found)
+    verdict = 'holds' if holding == len(found) else '**contradicted**' if not holding else 'open'
+    counts, (expected, *_), (spread, *_) = zip(*found, strict=True)
     each = [f'{median(block):g} ({min(block)}–{max(block)})' for block in zip(*counts, strict=True)]
-    return f'{line} {"; ".join(each)} | {expected:.1f} ± {spread:.1f} | {holding} of {len(counts)} | {verdict} |'
+    return f'{line} {"; ".join(each)} | {expected:.1f} ± {spread:.1f} | {holding} of {len(found)} | {verdict} |'
 
 
 def text(runs: list[Run]) -> str:
@@ -112,7 +109,7 @@ def text(runs: list[Run]) -> str:
         '### Signs of the spectra', '',
         f'Of the {TOP} eigenvalues of largest magnitude after training, how many have the sign the paper reports for '
         'most of them: median over our runs and range, block by block. The claim holds for a run where every block is '
-        f'more than {SIGMAS} standard deviations from what random weights show.', '',
+        f'more than {figures.SIGMAS} standard deviations from what random weights show.', '',
         '| network and sign | ours | by chance | runs where it holds | claim |', '| --- | --- | --- | --- | --- |',
         *(signs(panel, runs) for figure in paper.FIGURES for panel in figure.panels
           if panel.claim in ('negative', 'positive') and panel.epoch is None)]))

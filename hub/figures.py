@@ -76,11 +76,20 @@ def _judge_spectrum(claim: str, tops: list[tuple[float, ...]]) -> str:
         return (f'{counts} of the top {len(tops[0])} are positive, the largest of them {largest:.2f} of the greatest '
                 f'magnitude in its block; the paper: many, some of large magnitude. '
                 f'{_agrees(largest >= 0.5)} (at least half)')
-    sign = -1 if claim == 'negative' else 1
-    counts = [sum(value * sign > 0 for value in top) for top in tops]
-    expected, spread = null_negative(*SIZE, len(tops[0]))
+    counts, expected, spread = signs(claim, tops)
     return (f'{_list(counts)} of the top {len(tops[0])} are {claim} ({expected:.1f} ± {spread:.1f} by chance); the '
-            f'paper: most. {_agrees(min(counts) > expected + SIGMAS * spread)}')
+            f'paper: most. {_agrees(beyond_chance(counts, expected, spread))}')
+
+
+def signs(claim: str, tops: list[tuple[float, ...]]) -> tuple[list[int], float, float]:
+    """How many of each block's top eigenvalues are 'negative' or 'positive', and what chance gives, ± its deviation."""
+    sign = -1 if claim == 'negative' else 1
+    return [sum(value * sign > 0 for value in top) for top in tops], *null_negative(*SIZE, len(tops[0]))
+
+
+def beyond_chance(counts: list[int], expected: float, spread: float) -> bool:
+    """Whether every block's count is `SIGMAS` deviations above chance."""
+    return min(counts) > expected + SIGMAS * spread
 
 
 def losses(run: Run) -> tuple[float, ...]:

@@ -88,6 +88,14 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def write(path: Path, text: str) -> None:
+    """Writes beside and renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f'.part.{path.name}')
+    beside.write_text(text)
+    beside.replace(path)
+
+
 class Shipped(NamedTuple):
     """A weight file and the run that made it."""
 

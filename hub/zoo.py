@@ -10,7 +10,6 @@ results or README.md are off.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_nonlocal.preresnet import ARCHITECTURES
 from timm_nonlocal.pretrained import DATASETS
 
-from .results import PublishError, load, shipped
+from .results import PublishError, load, shipped, write
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, RESULTS, README = (
@@ -111,9 +110,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         if args.check:
             print(f'{path.relative_to(root)} is out of date: run python -m hub.zoo', file=sys.stderr)
             continue
-        beside = path.with_name(f'{path.name}.{os.getpid()}.part')
-        beside.write_text(text)
-        os.replace(beside, path)
+        write(path, text)
         print(f'{path.relative_to(root)} written')
     return 1 if args.check and stale else 0
 
