@@ -145,7 +145,7 @@ def test_one_closing_pass_whatever_k_is(monkeypatch):
         return result
 
     monkeypatch.setattr(ops_products.ProductChain, '_product', counted)
-    for k in (2, 6):
+    for k in (1, 2, 6):
         z = NonlocalStage(C, k)(torch.randn(1, C, 8, 8, requires_grad=True))
         square.clear()
         z.sum().backward()

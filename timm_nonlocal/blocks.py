@@ -220,8 +220,6 @@ class NonlocalStage(_Nonlocal):
             return x + _grid(self._plain(self.relate(tokens), tokens), x)
         if not torch.jit.is_scripting():
             if self.affinity.softmax and not _only_plain_tensor_code(x):
-                if self._attention_is_faster(x):
-                    return x + _grid(self._single(tokens), x)
                 return _grid(self._fused(tokens), x)
         return x + _grid(self._merged(tokens), x)
 
@@ -249,18 +247,6 @@ class NonlocalStage(_Nonlocal):
             for m in range(n + 1, len(g)):
                 g[m] = g[m] + F.linear(h[n], w_g[m] @ w_z[n])  # (C', C')
         return F.linear(torch.cat(h, dim=-1), torch.cat(w_z, dim=1))  # Σ Hⁿ W_Zⁿᵀ, (B, M, C)
-
-    def _attention_is_faster(self, x: Tensor) -> bool:
-        """Where A is used once on a CPU (BENCHMARKS.md), unless it would round Q and K before their product."""
-        return (len(self.sub_blocks) == 1 and x.device.type == 'cpu' and not self.recompute
-                and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled('cpu'))
-
-    def _single(self, x: Tensor) -> Tensor:
-        """Z¹ - X of the only sub-block by fused attention."""
-        q, k = self.embed(x)
-        sub_block = self.sub_blocks[0]
-        g = sub_block.g(x)
-        return sub_block.z(_attend(q, k, g, self.affinity.scale, self.embed_dim, g.shape[2]) - g)
 
     def _fused(self, x: Tensor) -> Tensor:
         """Zᵏ as `_merged` has it, by one operator that keeps no A for the backward pass."""
