@@ -11,6 +11,7 @@ import timm
 import timm.optim
 import torch
 from PIL import Image
+from timm.models import FeatureGraphNet
 
 from networks import calibrated
 
@@ -123,6 +124,16 @@ def test_features_only_by_every_extractor(feature_cls):
     assert [tuple(y.shape[1:3]) for y in maps] == FEATURES
     for actual, wanted in zip(maps, expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize('name', ['preresnet56_nl_original_k3', 'preresnet56_nl_proposed_k3'])
+def test_fx_features_round_as_the_network_does(name):
+    """An untrained network in eval mode makes much of the last bit: equal to 1e-4 asks for the same operations."""
+    model, x = timm.create_model(name).eval(), torch.randn(16, 3, 32, 32)
+    features = FeatureGraphNet(model, out_indices=(0, 1, 2, 3))
+    with torch.no_grad():
+        for actual, expected in zip(features(x), model.forward_intermediates(x, intermediates_only=True), strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_intermediates_are_what_the_modules_give():

@@ -11,6 +11,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from .affinity import affinity_class
@@ -176,6 +177,7 @@ class NonlocalBlocks(nn.Module):
         return self.sub_blocks(x)
 
 
+@register_notrace_module  # one node in timm's FX graphs, which thus round as the network does
 class NonlocalStage(_Nonlocal):
     """The proposed stage, eq. (8): Zⁿ⁺¹ = Zⁿ + (A(X) Zⁿ - Zⁿ) Wⁿᵀ for n < k, Z⁰ = X, with one affinity for all.
 

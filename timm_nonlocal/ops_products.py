@@ -64,7 +64,7 @@ class ProductChain:
             rows: (b, M, `statistics`) float32, written where there are any.
             t: (k C', k C'), the inner maps Tₙₘ = W_gⁿ W_Zᵐ, of which those with m < n are read.
         """
-        affinity = self._affinity(q, k)
+        affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
         for n in range(0, g.shape[2], self.inner):
             g_n, h_n = (z[:, :, n:n + self.inner] for z in (g, h))
             if n:
@@ -76,7 +76,7 @@ class ProductChain:
             self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, rows: Tensor, t: Tensor,
             dh: Tensor, dq: Tensor, dk: Tensor, dg: Tensor,
     ) -> None:
-        """The gradients with respect to Q, K and G⁰; those of Q and K in one pass over A, whatever k is.
+        """The gradients with respect to Q, K and G⁰; those of Q and K in the last of the k passes over A.
 
         Args:
             q, k, g, h, rows, t: as `forward` took and left them.
@@ -84,7 +84,8 @@ class ProductChain:
             dq, dk: (b, M, D), written.
             dg: (b, M, k C'), written.
         """
-        affinity = self._affinity(q, k)
+        affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
+        dk_columns = None  # (b, D, M)
         for n in reversed(range(0, g.shape[2], self.inner)):
             end = n + self.inner
             dh_n = dh[:, :, n:end]
@@ -92,38 +93,44 @@ class ProductChain:
                 dh_n += dg[:, :, end:] @ t[end:, n:end]
             back = None  # (Aᵀ dHⁿ)ᵀ, (b, C', M): dHⁿᵀ A goes through A row by row
             for block in self.blocks:
-                back = self._product(dh_n[:, block].transpose(1, 2), affinity(block), back)
+                a = affinity(block)
+                back = self._product(dh_n[:, block].transpose(1, 2), a, back)
+                if n == 0:  # dH is whole now
+                    ds = self._logit_gradient(a, dh[:, block], g)
+                    torch.mul(self._product(ds, k), self.scale, out=dq[:, block])
+                    dk_columns = self._product(q[:, block].transpose(1, 2), ds, dk_columns)
             torch.sub(back.transpose(1, 2), dh_n, out=dg[:, :, n:end])
-
-        dk_columns = None  # (b, D, M)
-        for block in self.blocks:
-            a = affinity(block)
-            da = self._buffer('da', a.shape, self.sums)
-            da = self._product(dh[:, block], g.transpose(1, 2), out=da)
-            if a.dtype != self.sums:
-                a = a.to(self.sums)
-                a /= a.sum(dim=2, keepdim=True)  # rounding has left rows that do not sum to one
-            ds = torch.ops.aten._softmax_backward_data.out(da, a, 2, self.sums, grad_input=da).to(self.dtype)
-            torch.mul(self._product(ds, k), self.scale, out=dq[:, block])
-            dk_columns = self._product(q[:, block].transpose(1, 2), ds, dk_columns)
         torch.mul(dk_columns.transpose(1, 2), self.scale, out=dk)
 
-    def _affinity(self, q: Tensor, k: Tensor) -> Callable[[slice], Tensor]:
-        """A by its rows: (b, rows, M) in `dtype`, good until the next rows are asked for."""
+    def _logit_gradient(self, a: Tensor, dh: Tensor, g: Tensor) -> Tensor:
+        """dA = [dH¹…dHᵏ][G¹…Gᵏ]ᵀ taken through the softmax, for some rows: (b, rows, M), good until the next."""
+        da = self._buffer('da', a.shape, self.sums)
+        da = self._product(dh, g.transpose(1, 2), out=da)
+        if a.dtype != self.sums:
+            a = a.to(self.sums)
+            a /= a.sum(dim=2, keepdim=True)  # rounding has left rows that do not sum to one
+        return torch.ops.aten._softmax_backward_data.out(da, a, 2, self.sums, grad_input=da).to(self.dtype)
+
+    def _affinity(self, q: Tensor, k: Tensor, again: bool) -> Callable[[slice], Tensor]:
+        """A by its rows: (b, rows, M) in `dtype`, good until the next rows are asked for.
+
+        Args:
+            again: every row will be asked for more than once.
+        """
         b, m, _ = q.shape
-        made = set()
+        keep, made = again and self.keep, set()
 
         def affinity(block: slice) -> Tensor:
-            shape = (b, m, m) if self.keep else (b, block.stop - block.start, m)
+            shape = (b, m, m) if keep else (b, block.stop - block.start, m)
             a = self._buffer('a', shape, self.dtype)
-            a = a[:, block] if self.keep else a
+            a = a[:, block] if keep else a
             if block.start not in made:
                 if self.dtype == self.sums:
                     logits = self._product(q[:, block] * self.scale, k.transpose(1, 2), out=a)
                 else:
                     logits = self._product(q[:, block], k.transpose(1, 2)).mul_(self.scale)
                 a.copy_(torch.softmax(logits, dim=2, out=logits))
-                if self.keep:
+                if keep:
                     made.add(block.start)
             return a
 
