@@ -51,7 +51,8 @@ def results_text(file: Shipped, runs: list[Run]) -> str:
     theirs = paper.error(file.architecture, file.dataset)
     found = counted(runs, file.architecture, file.dataset)
     ours = summary(found)
-    median = '' if not ours else ', a median run' if file.run in median_runs(found) else ', not a median run'
+    median = ('' if not ours else ', the only run' if ours.n == 1 else
+              ', a median run' if file.run in median_runs(found) else ', not a median run')
     interval = f'{ours.median:.2f} ({ours.lowest:.2f}–{ours.highest:.2f}, n = {ours.n})' if ours else 'none'
     lines = ['| | test error after the last epoch, % |', '| --- | --- |',
              f'| this file (seed {file.run["seed"]}{median}) | {file.run["final_error"]:.2f} |',

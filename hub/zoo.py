@@ -10,6 +10,7 @@ results or README.md are off.
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,17 @@ def macs(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
+def command(run: dict[str, Any]) -> str:
+    """The command that makes the run of a line of results.jsonl."""
+    def words(value: Any) -> list[str]:
+        return [shlex.quote(str(word)) for word in (value if isinstance(value, list) else [value])]
+
+    options = {'model': run['architecture'], 'dataset': run['dataset'], 'seed': run['seed'], **run['recipe'],
+               **{name: run[name] for name in ('model_kwargs', 'limit') if run.get(name)}}
+    given = [word for name, value in options.items() for word in (f'--{name.replace("_", "-")}', *words(value))]
+    return ' '.join(['accelerate launch --mixed_precision', run.get('mixed_precision', 'no'), 'train/cifar.py', *given])
+
+
 def index(root: Path = ROOT, namespace: str | None = None) -> dict[str, dict[str, Any]]:
     """What weights/index.json should say: about each file, and as before about weights that are on the Hub alone.
 
@@ -59,8 +71,7 @@ def index(root: Path = ROOT, namespace: str | None = None) -> dict[str, dict[str
             **entries.get(file.name, {}), **({'hf_hub_id': f'{namespace}/{file.name}'} if namespace else {}),
             'sha256': file.sha256, 'num_params': parameters(model), 'macs': macs(model),
             'test_error': run['final_error'],
-            'recipe': f'accelerate launch train/cifar.py --model {run["architecture"]} --dataset {run["dataset"]} '
-                      f'--epochs {run["recipe"]["epochs"]} --seed {run["seed"]}',
+            'recipe': command(run),
         }
     return dict(sorted(entries.items()))
 

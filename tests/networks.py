@@ -25,13 +25,14 @@ def calibrated(name: str, shape: tuple[int, ...] = (4, 3, 32, 32), **kwargs) -> 
 
 
 def package_with_weights(folder: Path, *names: str, index: dict | None = None) -> dict[str, dict[str, Tensor]]:
-    """Copies the package into folder with random weights for these `<architecture>.<tag>`; gives them by name.
+    """Copies the package into folder with random weights for these `<architecture>.<tag>` alone; gives them by name.
 
     A process that runs in folder imports the copy.
     """
-    shutil.copytree(ROOT / 'timm_nonlocal', folder / 'timm_nonlocal', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(ROOT / 'timm_nonlocal', folder / 'timm_nonlocal',
+                    ignore=shutil.ignore_patterns('__pycache__', 'weights'))
     weights = folder / 'timm_nonlocal' / 'weights'
-    weights.mkdir(exist_ok=True)
+    weights.mkdir()
     states = {}
     for name in names:
         states[name] = calibrated(name).state_dict()

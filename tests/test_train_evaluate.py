@@ -123,7 +123,7 @@ def test_bad_targets(call, tmp_path, trained):
     (tmp_path / 'preresnet56.safetensors').write_bytes((trained / 'model.safetensors').read_bytes())
     for target, message in (
             ('preresnet20_nl_proposd_k1', 'no such file, folder or registered name. Did you mean preresnet20_nl_'),
-            ('preresnet20.cifar10', 'is registered, but has no weights here'),
+            ('preresnet20_nl_original_k4.cifar100', 'is registered, but has no weights here'),
             (tmp_path / 'preresnet20.cifar10.safetensors', 'cannot be read'),
             (tmp_path / 'preresnet56.safetensors', 'cannot be read'),
             (tmp_path / 'nonsense.safetensors', 'name it ARCHITECTURE.DATASET.safetensors, or put it into a folder'),

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import shlex
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -14,6 +17,9 @@ from conftest import ROOT
 from hub import zoo
 from networks import package_with_weights
 from timm_nonlocal.preresnet import ARCHITECTURES
+from train import cifar
+from train.runs import Run
+from train.step import PAPER
 
 NAME = 'preresnet20_nl_proposed_k2.cifar10'
 
@@ -47,8 +53,8 @@ def root(tmp_path):
     (tmp_path / 'hub').mkdir()
     shutil.copy(ROOT / 'README.md', tmp_path)
     line = {'architecture': 'preresnet20_nl_proposed_k2', 'dataset': 'cifar10', 'seed': 3, 'final_error': 7.25,
-            'recipe': {'epochs': 164}, 'best_error': 7.0, 'best_epoch': 160,
-            'train_loss': [], 'train_error': [], 'test_error': [],
+            'mixed_precision': 'bf16', 'recipe': {'epochs': 164, 'milestones': [81, 122]},
+            'best_error': 7.0, 'best_epoch': 160, 'train_loss': [], 'train_error': [], 'test_error': [],
             'sha256': hashlib.sha256((tmp_path / zoo.WEIGHTS / f'{NAME}.safetensors').read_bytes()).hexdigest()}
     (tmp_path / zoo.RESULTS).write_text(json.dumps({**line, 'sha256': '0', 'final_error': 1.0}) + '\n'
                                             + json.dumps(line) + '\n')
@@ -68,8 +74,8 @@ def test_errors_come_from_the_results_line_with_the_files_sha256(root, capsys):
         'hf_hub_id': 'someone/it', 'test_error': 7.25, 'macs': macs(model),
         'num_params': sum(p.numel() for p in model.parameters()),
         'sha256': hashlib.sha256((root / zoo.WEIGHTS / f'{NAME}.safetensors').read_bytes()).hexdigest(),
-        'recipe': 'accelerate launch train/cifar.py --model preresnet20_nl_proposed_k2 --dataset cifar10 --epochs 164 '
-                  '--seed 3'}
+        'recipe': 'accelerate launch --mixed_precision bf16 train/cifar.py --model preresnet20_nl_proposed_k2 '
+                  '--dataset cifar10 --seed 3 --epochs 164 --milestones 81 122'}
     assert entries['preresnet56.cifar100'] == {'hf_hub_id': 'someone/other'}
     assert zoo.main(['--namespace', 'us'], root) == 0
     assert {name: entry['hf_hub_id'] for name, entry in json.loads(index.read_text()).items()} == {
@@ -77,6 +83,16 @@ def test_errors_come_from_the_results_line_with_the_files_sha256(root, capsys):
     row = next(line for line in (root / 'README.md').read_text().splitlines() if '`preresnet20_nl_proposed_k2`' in line)
     assert row.endswith('| 7.25 % | no weights |')
     assert not list(root.glob('**/*.part'))
+
+
+def test_the_command_of_a_run_makes_that_run():
+    run = Run('preresnet20_nl_original_k4', 'cifar10', 2, replace(PAPER, lr=0.01, milestones=(3, 5)),
+              ("nl_args={'scale': 1.0}", 'drop_rate=0.1'), 40, 'bf16')
+    words = shlex.split(zoo.command(run.to_dict()))
+    assert words[:5] == ['accelerate', 'launch', '--mixed_precision', 'bf16', 'train/cifar.py']
+    accelerator = SimpleNamespace(mixed_precision=words[3], num_processes=1)
+    runs, _folders, _processes = cifar.plan(cifar.parse(words[5:]), accelerator)
+    assert runs == [run]
 
 
 @pytest.mark.parametrize('change', ['content', 'name'])
