@@ -38,7 +38,7 @@ def _weights(name: str, cfg: PretrainedCfg) -> Weights:
     if 'recipe' in known:  # else only where the weights are is known
         meta |= {
             'num_params': known['num_params'], '_ops': known['macs'] / 1e9, 'recipe': known['recipe'],
-            '_metrics': {data.title: {'acc@1': 100 - known['test_error']}}}
+            '_metrics': {data.title: {'acc@1': round(100 - known['test_error'], 2)}}}
     return Weights(
         url=Path(cfg.file).as_uri() if cfg.file else hf_hub_url(cfg.hf_hub_id, 'model.safetensors'),
         transforms=partial(ImageClassification, crop_size=cfg.input_size[-1], resize_size=cfg.input_size[-1],
