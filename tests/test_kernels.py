@@ -47,10 +47,14 @@ def compiled(kernel, tile, width, even, **constants):
 
 
 @pytest.mark.parametrize(('kernel', 'constants'), [
-    (kernels.apply, dict(FIRST=True, LAST=False)), (kernels.apply, dict(FIRST=False, LAST=False)),
-    (kernels.apply_transposed, dict(FIRST=False, LAST=False)), (kernels.close_keys, dict(ATOMIC=True, **CLOSING)),
-    (kernels.close_keys, dict(ATOMIC=False, **CLOSING)), (kernels.close_queries, CLOSING)],
-    ids=['first', 'apply', 'transposed', 'keys', 'keys, deterministic', 'queries'])
+    (kernels.apply, dict(FIRST=True, LAST=False, DIFFERENCE=True)),
+    (kernels.apply, dict(FIRST=False, LAST=False, DIFFERENCE=True)),
+    (kernels.apply, dict(FIRST=True, LAST=True, DIFFERENCE=False)),
+    (kernels.apply_transposed, dict(FIRST=False, LAST=False, DIFFERENCE=True)),
+    (kernels.apply_transposed, dict(FIRST=True, LAST=True, DIFFERENCE=False)),
+    (kernels.close_keys, dict(ATOMIC=True, **CLOSING)), (kernels.close_keys, dict(ATOMIC=False, **CLOSING)),
+    (kernels.close_queries, CLOSING)],
+    ids=['first', 'apply', 'original', 'transposed', 'original transposed', 'keys', 'keys, deterministic', 'queries'])
 @pytest.mark.parametrize('even', [True, False], ids=['even', 'odd'])
 def test_compiles_for_hopper(tmp_path, kernel, constants, even):
     """The tile of the paper's networks (C' = 32), which is the first in the list."""
@@ -65,7 +69,7 @@ def test_compiles_for_hopper(tmp_path, kernel, constants, even):
 @pytest.mark.parametrize('kernel', TILES, ids=lambda kernel: kernel.fn.__name__)
 def test_some_tile_of_wide_blocks_fits(kernel):
     """D = C' = 128, two sub-blocks."""
-    constants = dict(K=2, HOLD=False) if 'K' in kernel.arg_names else dict(FIRST=False, LAST=False)
+    constants = dict(K=2, HOLD=False) if 'K' in kernel.arg_names else dict(FIRST=False, LAST=False, DIFFERENCE=True)
     constants |= dict(ATOMIC=True) if 'ATOMIC' in kernel.arg_names else {}
     shared = [compiled(kernel, tile, 128, True, **constants).metadata.shared for tile in TILES[kernel][128]]
     assert min(shared) <= SHARED

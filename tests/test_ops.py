@@ -40,11 +40,14 @@ def assert_accurate(module, x, dz=None):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('logits', [None, 100.0], ids=['as drawn', 'to 100'])
 @pytest.mark.parametrize(('shape', 'k'), [
-    ((2, C, 16, 16), 5), ((2, C, 16, 16), 1), ((3, C, 7, 11), 2), ((1, C, 33, 31), 3)])
+    ((2, C, 16, 16), 5), ((2, C, 16, 16), 1), ((3, C, 7, 11), 2), ((1, C, 33, 31), 3),
+    ((2, C, 16, 16), None), ((3, C, 7, 11), None)])
 def test_accuracy(device, dtype, logits, shape, k):
+    """k sub-blocks; none stands for the original block."""
     if device == 'cuda' and dtype == torch.bfloat16 and logits:
         pytest.skip('Q and K are rounded before the product there; test_ops_triton gives them')
-    module, x = NonlocalStage(C, k).to(device, dtype), torch.randn(shape, dtype=dtype, device=device)
+    module = (NonlocalStage(C, k) if k else NonlocalBlock(C)).to(device, dtype)
+    x = torch.randn(shape, dtype=dtype, device=device)
     if logits:
         scaled(module, x, logits)
     assert_accurate(module, x)
@@ -55,8 +58,8 @@ def test_accuracy(device, dtype, logits, shape, k):
 @pytest.mark.parametrize('options', [dict(symmetric=True), dict(affinity='gaussian', scale=0.02),
                                      dict(inner_dim=20), dict(affinity='gaussian', scale=0.02, inner_dim=80)], ids=str)
 def test_accuracy_of_options(device, dtype, options):
-    module = NonlocalStage(C, 3, **options).to(device, dtype)
-    assert_accurate(module, torch.randn(2, C, 9, 10, dtype=dtype, device=device))
+    for module in (NonlocalStage(C, 3, **options), NonlocalBlock(C, **options)):
+        assert_accurate(module.to(device, dtype), torch.randn(2, C, 9, 10, dtype=dtype, device=device))
 
 
 @DEVICES
@@ -77,10 +80,11 @@ def test_inputs_without_differences(device, dtype, shape):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('size', [1e-30, 1e3, 1e6, 1e9])
 def test_no_nan_where_the_logits_are_finite(device, dtype, size):
-    module = NonlocalStage(C, 2).to(device, dtype)
-    x = (torch.randn(2, C, 5, 5, device=device) * size).to(dtype)
-    x[0, :, 2] = 0
-    assert all(z.isfinite().all() for z in outputs(module, x, torch.randn_like(x)))
+    """As long as attention's gradients made A from the logarithm of its row sums, the block's were NaN from 1e6 on."""
+    for module in (NonlocalStage(C, 2), NonlocalBlock(C)):
+        x = (torch.randn(2, C, 32, 32, device=device) * size).to(dtype)
+        x[0, :, 2] = 0
+        assert all(z.isfinite().all() for z in outputs(module.to(device, dtype), x, torch.randn_like(x)))
 
 
 @pytest.mark.parametrize('block', [1, 5000, 1 << 22])
@@ -169,7 +173,7 @@ def test_operations_are_counted():
 def test_second_derivative_is_refused():
     x = torch.randn(1, C, 4, 4, requires_grad=True)
     gradient, = torch.autograd.grad(NonlocalStage(C, 2)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='no second derivative in its merged form: use merged=False'):
+    with pytest.raises(RuntimeError, match='no second derivative in their merged form: use merged=False'):
         gradient.sum().backward()
     plain, = torch.autograd.grad(NonlocalStage(C, 2, merged=False)(x).square().sum(), x, create_graph=True)
     plain.sum().backward()
@@ -242,11 +246,13 @@ def test_no_image():
 
 @DEVICES
 @pytest.mark.parametrize('recompute', [False, True])
-def test_operator_is_well_formed(device, recompute):
+@pytest.mark.parametrize('difference', [False, True])
+def test_operator_is_well_formed(device, recompute, difference):
     """Schema, shapes of fake tensors, autograd registration and compilation, as torch checks them."""
     w_in, w_out = (torch.randn(shape, device=device, requires_grad=True) for shape in ((4 * 8, 16), (16, 2 * 8)))
     x = torch.randn(3, 5, 16, device=device, requires_grad=True)
-    torch.library.opcheck(torch.ops.timm_nonlocal.stage, (x, w_in, w_out, 8, 2, 0.3, not recompute, recompute))
+    options = 8, 2, 0.3, difference, not recompute, recompute
+    torch.library.opcheck(torch.ops.timm_nonlocal.stage, (x, w_in, w_out, *options))
 
 
 @pytest.mark.parametrize('module', [NonlocalStage(C, 3), NonlocalStage(C, 2, recompute=True), NonlocalBlock(C),

@@ -3,6 +3,7 @@
 The interpreter must be chosen before Triton is imported, so `test_ops.py` runs this file again with TRITON_INTERPRET=1.
 """
 
+import copy
 import os
 
 import pytest
@@ -15,7 +16,9 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip('no CUDA device; test_ops.py runs this file through the interpreter', allow_module_level=True)
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
 DTYPES = [torch.bfloat16, torch.float16] + [torch.float32] * INTERPRETED  # tensor cores would round float32
-CASES = [*((dtype, 5.0, False) for dtype in DTYPES), (torch.bfloat16, 100.0, False), (torch.bfloat16, 100.0, True)]
+# dtype, largest logit, deterministic, and whether H is A G - G or A G
+CASES = [*((dtype, 5.0, False, True) for dtype in DTYPES), (torch.bfloat16, 100.0, False, True),
+         (torch.bfloat16, 100.0, True, True), (torch.bfloat16, 100.0, False, False)]
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +73,10 @@ def split(projected, dim):
     return projected[:, :, :dim], projected[:, :, dim:2 * dim], projected[:, :, 2 * dim:]
 
 
-def chain(projected, t, dh, dim, inner, scale, deterministic=False):
+def chain(projected, t, dh, dim, inner, scale, deterministic=False, difference=True):
     """H, dQ, dK and dG⁰; every output starts as NaN."""
     from timm_nonlocal.ops_triton import TritonChain
-    own = TritonChain(projected, projected.shape[1], inner, scale)
+    own = TritonChain(projected, projected.shape[1], inner, scale, difference)
     projected, dh = projected.clone(), dh.clone()
     nan = float('nan')
     h = torch.full((*dh.shape[:2], own.halves * dh.shape[2]), nan, dtype=dh.dtype, device=DEVICE)
@@ -98,12 +101,12 @@ def chain(projected, t, dh, dim, inner, scale, deterministic=False):
     (1, 33, 128, 128, 2),
 ])
 def test_accuracy(case, images, positions, dim, inner, k):
-    dtype, logits, deterministic = case
+    dtype, logits, deterministic, difference = case
     projected, t, dh = operands(dtype, images, positions, dim, inner, k)
     q, keys, g = split(projected, dim)
     scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
-    expected = chain_in_float64(q, keys, g, t, inner, scale, dh)
-    got = chain(projected, t, dh, dim, inner, scale, deterministic)
+    expected = chain_in_float64(q, keys, g, t, inner, scale, dh, difference)
+    got = chain(projected, t, dh, dim, inner, scale, deterministic, difference)
     for name, a, b in zip(('H', 'dQ', 'dK', 'dG'), got, expected, strict=True):
         assert a.isfinite().all(), name
         assert relative(a, b) <= TOLERANCE[dtype], (name, relative(a, b))
@@ -149,20 +152,20 @@ def test_no_nan_where_the_logits_are_finite(dtype, size):
 
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('options', [dict(), dict(symmetric=True), dict(affinity='gaussian', scale=0.02)], ids=str)
-def test_stage(monkeypatch, recompute, options):
+def test_block_and_stage(monkeypatch, recompute, options):
     """The whole operator with this chain, some images at a time."""
-    from timm_nonlocal import NonlocalStage, ops
+    from timm_nonlocal import NonlocalBlock, NonlocalStage, ops
     from timm_nonlocal.ops_triton import TritonChain
     monkeypatch.setattr(ops, 'choose_chain', lambda *_: TritonChain)
     monkeypatch.setattr(ops, 'FRUGAL_BYTES', 1 << 18)
-    module = NonlocalStage(32, 2, recompute=recompute, **options).to(DEVICE, torch.bfloat16)
     x = torch.randn(5, 32, 6, 7, dtype=torch.bfloat16, device=DEVICE)
-    exact = NonlocalStage(32, 2, merged=False, dtype=torch.float64, device=DEVICE, **options)
-    exact.load_state_dict(module.state_dict())
     dz = torch.randn_like(x)
-    results = []
-    for stage, dtype in ((module, torch.bfloat16), (exact, torch.float64)):
-        z = stage(leaf := x.to(dtype).requires_grad_())
-        results.append([z.detach(), *torch.autograd.grad(z, [leaf, *stage.parameters()], dz.to(dtype))])
-    for a, b in zip(*results, strict=True):
-        assert relative(a, b) <= 1e-2
+    modules = [NonlocalStage(32, 2, recompute=recompute, **options)] + [NonlocalBlock(32, **options)] * (not recompute)
+    for module in modules:
+        exact = copy.deepcopy(module.to(DEVICE, torch.bfloat16)).double()
+        exact.merged, results = False, []
+        for part, dtype in ((module, torch.bfloat16), (exact, torch.float64)):
+            z = part(leaf := x.to(dtype).requires_grad_())
+            results.append([z.detach(), *torch.autograd.grad(z, [leaf, *part.parameters()], dz.to(dtype))])
+        for a, b in zip(*results, strict=True):
+            assert relative(a, b) <= 1e-2

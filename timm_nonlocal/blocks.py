@@ -101,12 +101,17 @@ class _Nonlocal(nn.Module):
         q = self.theta(x)
         return q, q if self.phi is None else self.phi(x)
 
+    def embedding_weights(self) -> list[Tensor]:
+        """The weights (D, C) of θ and φ, as far as there are any."""
+        return [linear.weight for linear in (self.theta, self.phi) if isinstance(linear, nn.Linear)]
+
     def relate(self, x: Tensor) -> Tensor:
         """A(X), (B, M, M) or broadcastable to it, from X (B, M, C)."""
         q, k = self.embed(x)
         return self.affinity(q, k)
 
 
+@register_notrace_module  # one node in timm's FX graphs, which thus round as the network does
 class NonlocalBlock(_Nonlocal):
     """The original block, eq. (1): Z = X + A(X) X Wᵀ with W = W_Z W_g.
 
@@ -147,6 +152,10 @@ class NonlocalBlock(_Nonlocal):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
         tokens = _positions(x)
+        if not torch.jit.is_scripting():
+            if self.merged and self.affinity.softmax and not _only_plain_tensor_code(x):
+                return _grid(nonlocal_stage(tokens, self.embedding_weights(), [self.g.weight], [self.z.weight],
+                                            self.affinity.scale, difference=False), x)
         q, k = self.embed(tokens)
         g = self.g(tokens)  # (B, M, C')
         if not self.merged:
@@ -252,9 +261,8 @@ class NonlocalStage(_Nonlocal):
 
     def _fused(self, x: Tensor) -> Tensor:
         """Zᵏ as `_merged` has it, by one operator that keeps no A for the backward pass."""
-        embeddings = [linear.weight for linear in (self.theta, self.phi) if isinstance(linear, nn.Linear)]
         w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
-        return nonlocal_stage(x, embeddings, w_g, w_z, self.affinity.scale, self.recompute)
+        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, self.affinity.scale, self.recompute)
 
 
 KINDS = {'original': NonlocalBlocks, 'proposed': NonlocalStage}  # both take (dim, k, …)

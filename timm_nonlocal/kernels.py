@@ -35,15 +35,22 @@ def _store(pointer, tile, rows, ld, positions, columns, width, EVEN: tl.constexp
         tl.store(pointer, tile, mask=(rows[:, None] < positions) & (columns[None, :] < width))
 
 
+@triton.jit
+def _affinity(s, norm):
+    """A from its exponents, at most 1: where they are huge, two orders of adding one up differ by more than 1."""
+    return tl.exp2(tl.minimum(s - norm, 0.0))
+
+
 @triton.jit(do_not_specialize=['n'])
 def apply(
         q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, rows_ptr, n, ld_q, ld_g, ld_h, ld_t, positions, exponent,
         D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr,
-        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):
     """Hⁿ = A Gⁿ - Gⁿ in some rows of an image, then Gⁿ⁺¹ = G⁰ⁿ⁺¹ + Σ_{m≤n} Hᵐ Tᵀ there.
 
-    FIRST also finds top, mass and norm. What rounding takes off H goes to the second half of its rows.
+    FIRST also finds top, mass and norm. What rounding takes off H goes to the second half of its rows. Without
+    DIFFERENCE, Hⁿ = A Gⁿ.
     """
     image = tl.program_id(1).to(tl.int64) * positions
     q_ptr += image * ld_q
@@ -83,7 +90,9 @@ def apply(
         tl.store(top_ptr, top, rows < positions)
         tl.store(mass_ptr, mass, rows < positions)
         tl.store(mass_ptr + positions, top + tl.log2(mass), rows < positions)
-    exact = total / mass[:, None] - _load(g_ptr + n * C, rows, ld_g, positions, c, C, EVEN)
+    exact = total / mass[:, None]
+    if DIFFERENCE:
+        exact -= _load(g_ptr + n * C, rows, ld_g, positions, c, C, EVEN)
     h = exact.to(q.dtype)
     _store(h_ptr + n * C, h, rows, ld_h, positions, c, C, EVEN)
     _store(h_ptr + ld_h // 2 + n * C, exact - h, rows, ld_h, positions, c, C, EVEN)
@@ -104,12 +113,12 @@ def apply_transposed(
         q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, norm_ptr, dg_ptr, dh_ptr, delta_ptr, n, k,
         ld_q, ld_g, ld_h, ld_t, ld_dg, ld_dh, positions, exponent,
         D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr,
-        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, DIFFERENCE: tl.constexpr,
 ):
     """dGⁿ = Aᵀ dHⁿ - dHⁿ in some columns of an image's A, then dHⁿ⁻¹ += Σ_{m≥n} dGᵐ T there.
 
     FIRST is n = 0 and LAST n = k - 1, where the way back starts. δ = Σₙ rowsum(dHⁿ (Hⁿ + Gⁿ)) = rowsum(A dA), since
-    Hⁿ + Gⁿ = A Gⁿ; H is taken before its rounding, which would not cancel in dA - δ.
+    Hⁿ + Gⁿ = A Gⁿ; H is taken before its rounding, which would not cancel in dA - δ. Without DIFFERENCE, Hⁿ = A Gⁿ.
     """
     image = tl.program_id(1).to(tl.int64) * positions
     q_ptr += image * ld_q
@@ -130,14 +139,16 @@ def apply_transposed(
         dh = _load(dh_ptr + n * C, rows, ld_dh, positions, c, C, EVEN)
         norm = tl.load(norm_ptr + rows, rows < positions, float('inf'))  # A = 0 in rows that are not there
         s = tl.dot(keys, tl.trans(q)) * exponent  # transposed: (OWN, STEP)
-        total = tl.dot(tl.exp2(s - norm[None, :]).to(keys.dtype), dh, total)
+        total = tl.dot(_affinity(s, norm[None, :]).to(keys.dtype), dh, total)
     dh = _load(dh_ptr + n * C, columns, ld_dh, positions, c, C, EVEN)
-    g = _load(g_ptr + n * C, columns, ld_g, positions, c, C, EVEN).to(tl.float32)
-    h = _load(h_ptr + n * C, columns, ld_h, positions, c, C, EVEN)
-    rounded_off = _load(h_ptr + ld_h // 2 + n * C, columns, ld_h, positions, c, C, EVEN)
-    dg = (total - dh).to(keys.dtype)
+    applied = _load(h_ptr + n * C, columns, ld_h, positions, c, C, EVEN).to(tl.float32)
+    applied += _load(h_ptr + ld_h // 2 + n * C, columns, ld_h, positions, c, C, EVEN)
+    if DIFFERENCE:
+        applied += _load(g_ptr + n * C, columns, ld_g, positions, c, C, EVEN)
+        total -= dh
+    dg = total.to(keys.dtype)
     _store(dg_ptr + n * C, dg, columns, ld_dg, positions, c, C, EVEN)
-    delta = tl.sum(dh * (g + h + rounded_off), 1)
+    delta = tl.sum(dh * applied, 1)
     if not LAST:
         delta += tl.load(delta_ptr + columns, columns < positions, 0.0)
     tl.store(delta_ptr + columns, delta, columns < positions)
@@ -193,7 +204,7 @@ def close_keys(
                 da = tl.dot(held[n], tl.trans(dh), da)
             else:
                 da = tl.dot(_load(g_ptr + n * C, columns, ld_g, positions, c, C, EVEN), tl.trans(dh), da)
-        ds = (tl.exp2(s - norm[None, :]) * (da - delta[None, :])).to(keys.dtype)
+        ds = (_affinity(s, norm[None, :]) * (da - delta[None, :])).to(keys.dtype)
         dk = tl.dot(ds, q, dk)
         if ATOMIC:
             dq = tl.dot(tl.trans(ds), keys)
@@ -239,6 +250,6 @@ def close_queries(
                 da = tl.dot(held[n], tl.trans(g), da)
             else:
                 da = tl.dot(_load(dh_ptr + n * C, rows, ld_dh, positions, c, C, EVEN), tl.trans(g), da)
-        ds = (tl.exp2(s - norm[:, None]) * (da - delta[:, None])).to(q.dtype)
+        ds = (_affinity(s, norm[:, None]) * (da - delta[:, None])).to(q.dtype)
         dq = tl.dot(ds, keys, dq)
     _store(dq_ptr + image * ld_dq, dq * scale, rows, ld_dq, positions, d, D, EVEN)

@@ -1,4 +1,4 @@
-"""The nonlocal stage with a softmax affinity, eq. (8), as one differentiable operator.
+"""The nonlocal stage with a softmax affinity, eq. (8), and the block of eq. (1), as one differentiable operator.
 
 Zᵏ = X + Σₙ Hⁿ W_Zⁿᵀ, where the Hⁿ come from a chain that is C' wide (`ops_products`, `ops_triton`). No M×M matrix is
 kept for the backward pass: it makes A again, and closes with one pass for Q and K whatever k is, since
@@ -44,8 +44,9 @@ def nonlocal_stage(
         w_z: list[Tensor],
         scale: float,
         recompute: bool = False,
+        difference: bool = True,
 ) -> Tensor:
-    """Zᵏ of eq. (8) from Z⁰ = X with A = softmax(s Q Kᵀ). Its values are NaN-free where the logits are finite.
+    """Zᵏ of eq. (8) from Z⁰ = X with A = softmax(s Q Kᵀ). Nothing is NaN where the logits are finite.
 
     Args:
         x: X, (B, M, C), of any strides, which the result has too.
@@ -55,6 +56,7 @@ def nonlocal_stage(
         scale: s.
         recompute: keep nothing but x for the backward pass, which then goes through the forward pass again, some
             images at a time.
+        difference: apply A - 1 in every sub-block; False applies A, so that one sub-block is the block of eq. (1).
 
     Raises:
         TypeError: x and the weights differ in dtype outside autocast.
@@ -68,18 +70,20 @@ def nonlocal_stage(
     elif x.dtype != w_in.dtype:
         raise TypeError(f'x is {x.dtype} and the weights are {w_in.dtype}: use autocast, or give both one dtype')
     train = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_out.requires_grad)
-    return _stage(x, w_in, w_out, w_g[0].shape[0], len(embeddings), scale, train and not recompute, recompute)[0]
+    return _stage(x, w_in, w_out, w_g[0].shape[0], len(embeddings), scale, difference, train and not recompute,
+                  recompute)[0]
 
 
 class _Call:
     """What forward and backward share: the chain, the weights in its dtype, and the division of the batch."""
 
-    def __init__(self, x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float, frugal: bool):
+    def __init__(self, x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float,
+                 difference: bool, frugal: bool):
         batch, self.positions, channels = x.shape
         self.maps = w_out.shape[1]  # k C'
         self.embedded = len(w_in) - self.maps
         self.dim = self.embedded // embeddings if embeddings else channels
-        self.chain = choose_chain(w_in, self.dim, inner)(w_in, self.positions, inner, scale)
+        self.chain = choose_chain(w_in, self.dim, inner)(w_in, self.positions, inner, scale, difference)
         self.w_in, self.w_out = w_in.to(self.chain.dtype), w_out.to(self.chain.dtype)
         self.t = self.w_in[self.embedded:] @ self.w_out  # (k C', k C'): Tₙₘ = W_gⁿ W_Zᵐ for all n and m
         images = self.chain.images
@@ -129,11 +133,12 @@ class _Call:
 
 @torch.library.custom_op('timm_nonlocal::stage', mutates_args=())
 def _stage(
-        x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float, keep: bool, frugal: bool,
+        x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float, difference: bool, keep: bool,
+        frugal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Zᵏ, and what `_stage_backward` goes on with (of no image unless keep is set)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        call = _Call(x, w_in, w_out, inner, embeddings, scale, frugal)
+        call = _Call(x, w_in, w_out, inner, embeddings, scale, difference, frugal)
         z = torch.empty_like(x)
         room = call.room(len(x) if keep else call.largest)
         for part in call.parts:
@@ -145,11 +150,11 @@ def _stage(
 @torch.library.custom_op('timm_nonlocal::stage_backward', mutates_args=())
 def _stage_backward(
         dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, projected: Tensor, h: Tensor, rows: Tensor,
-        inner: int, embeddings: int, scale: float, frugal: bool,
+        inner: int, embeddings: int, scale: float, difference: bool, frugal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `_stage` with respect to x, w_in and w_out, from what it kept or from x alone."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        call = _Call(x, w_in, w_out, inner, embeddings, scale, frugal)
+        call = _Call(x, w_in, w_out, inner, embeddings, scale, difference, frugal)
         kept = len(projected) == len(x)
         room = (projected, h, rows) if kept else call.room(call.largest)
         room_for_gradients = call.empty(call.largest, len(w_in)), call.empty(call.largest, call.maps)
@@ -175,7 +180,7 @@ def _stage_backward(
 
 
 @_stage.register_fake
-def _(x, w_in, w_out, inner, embeddings, scale, keep, frugal):
+def _(x, w_in, w_out, inner, embeddings, scale, difference, keep, frugal):
     (batch, positions, channels), (width, maps) = x.shape, (len(w_in), w_out.shape[1])
     chain = choose_chain(w_in, (width - maps) // embeddings if embeddings else channels, inner)
     dtype = chain.operands(w_in)
@@ -199,12 +204,12 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dz, *_):
     if dz is None:
-        return (None,) * 8
-    return *_stage_backward(dz, *ctx.saved_tensors, *ctx.options, ctx.frugal), *[None] * 5
+        return (None,) * 9
+    return *_stage_backward(dz, *ctx.saved_tensors, *ctx.options, ctx.frugal), *[None] * 6
 
 
 def _refuse(ctx, *_):
-    raise RuntimeError('the nonlocal stage has no second derivative in its merged form: use merged=False')
+    raise RuntimeError('nonlocal blocks have no second derivative in their merged form: use merged=False')
 
 
 _stage.register_autograd(_differentiate, setup_context=_save)

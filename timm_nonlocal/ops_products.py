@@ -27,6 +27,7 @@ class ProductChain:
         positions: M.
         inner: C'.
         scale: s.
+        difference: Hⁿ = A Gⁿ - Gⁿ; False takes A Gⁿ.
 
     Attributes:
         dtype: what the tensors given to `forward` and `backward` must have, see `operands`.
@@ -41,11 +42,11 @@ class ProductChain:
         """bfloat16 and float16 are multiplied as they are on a GPU, summed in float32, and as float32 on the CPU."""
         return like.dtype if like.is_cuda else torch.promote_types(like.dtype, torch.float32)
 
-    def __init__(self, like: Tensor, positions: int, inner: int, scale: float):
+    def __init__(self, like: Tensor, positions: int, inner: int, scale: float, difference: bool = True):
         self.device, device = like.device, 'cuda' if like.is_cuda else 'cpu'
         self.dtype = self.operands(like)
         self.sums = torch.promote_types(self.dtype, torch.float32)
-        self.inner, self.scale = inner, scale
+        self.inner, self.scale, self.minus = inner, scale, int(difference)
         row = positions * self.sums.itemsize
         block = BLOCK_BYTES[device] * (1 if like.is_cuda else torch.get_num_threads())
         step = max(1, min(positions, block // row))
@@ -70,7 +71,7 @@ class ProductChain:
             if n:
                 g_n += h[:, :, :n] @ t[n:n + self.inner, :n].T
             for block in self.blocks:
-                torch.sub(self._product(affinity(block), g_n), g_n[:, block], out=h_n[:, block])
+                torch.sub(self._product(affinity(block), g_n), g_n[:, block], alpha=self.minus, out=h_n[:, block])
 
     def backward(
             self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, rows: Tensor, t: Tensor,
@@ -99,7 +100,7 @@ class ProductChain:
                     ds = self._logit_gradient(a, dh[:, block], g)
                     torch.mul(self._product(ds, k), self.scale, out=dq[:, block])
                     dk_columns = self._product(q[:, block].transpose(1, 2), ds, dk_columns)
-            torch.sub(back.transpose(1, 2), dh_n, out=dg[:, :, n:end])
+            torch.sub(back.transpose(1, 2), dh_n, alpha=self.minus, out=dg[:, :, n:end])
         torch.mul(dk_columns.transpose(1, 2), self.scale, out=dk)
 
     def _logit_gradient(self, a: Tensor, dh: Tensor, g: Tensor) -> Tensor:

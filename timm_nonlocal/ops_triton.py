@@ -40,8 +40,8 @@ class TritonChain:
     def operands(like: Tensor) -> torch.dtype:
         return like.dtype
 
-    def __init__(self, like: Tensor, positions: int, inner: int, scale: float):
-        self.dtype, self.inner, self.scale = like.dtype, inner, scale
+    def __init__(self, like: Tensor, positions: int, inner: int, scale: float, difference: bool = True):
+        self.dtype, self.inner, self.scale, self.difference = like.dtype, inner, scale, difference
 
     def forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, rows: Tensor, t: Tensor) -> None:
         """As `ProductChain.forward`."""
@@ -50,7 +50,7 @@ class TritonChain:
         with torch.cuda.device_of(q):
             for n in range(count):
                 self._launch(apply, q, k, g, h, t, rows, n, *(z.stride(-2) for z in (q, g, h, t)),
-                             FIRST=n == 0, LAST=n == count - 1)
+                             FIRST=n == 0, LAST=n == count - 1, DIFFERENCE=self.difference)
 
     def backward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, rows: Tensor, t: Tensor,
                  dh: Tensor, dq: Tensor, dk: Tensor, dg: Tensor) -> None:
@@ -65,7 +65,8 @@ class TritonChain:
         with torch.cuda.device_of(q):
             for n in reversed(range(count)):
                 self._launch(apply_transposed, q, k, g, h, t, rows, dg, dh, delta, n, count,
-                             *(z.stride(-2) for z in (q, g, h, t, dg, dh)), FIRST=n == 0, LAST=n == count - 1)
+                             *(z.stride(-2) for z in (q, g, h, t, dg, dh)), FIRST=n == 0, LAST=n == count - 1,
+                             DIFFERENCE=self.difference)
             closing = {'K': count, 'HOLD': count * self.inner <= 192}
             leading = [z.stride(1) for z in (q, g, dh)]
             if torch.are_deterministic_algorithms_enabled():

@@ -32,7 +32,8 @@ def reference(module: nn.Module, x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor,
     return outputs(module, x.double(), dz.double())
 
 
-def chain_in_float64(q: Tensor, k: Tensor, g: Tensor, t: Tensor, inner: int, scale: float, dh: Tensor):
+def chain_in_float64(q: Tensor, k: Tensor, g: Tensor, t: Tensor, inner: int, scale: float, dh: Tensor,
+                     difference: bool = True):
     """H, dQ, dK and dG⁰ of the chain of `timm_nonlocal.ops_products`, from its definition."""
     q, k, g = (z.detach().double().requires_grad_() for z in (q, k, g))
     a, h = torch.softmax(scale * q @ k.transpose(1, 2), dim=-1), []
@@ -40,7 +41,7 @@ def chain_in_float64(q: Tensor, k: Tensor, g: Tensor, t: Tensor, inner: int, sca
         g_n = g[:, :, n:n + inner]
         if n:
             g_n = g_n + torch.cat(h, dim=2) @ t[n:n + inner, :n].double().T
-        h.append(a @ g_n - g_n)
+        h.append(a @ g_n - g_n if difference else a @ g_n)
     h = torch.cat(h, dim=2)
     return h.detach(), *torch.autograd.grad(h, (q, k, g), dh.double())
 
