@@ -62,7 +62,7 @@ def _grid(z: Tensor, like: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float, dim: int, inner: int) -> Tensor:
-    """softmax(s Q Kᵀ) G for q and k (B, M, dim) and g (B, M, inner): (B, M, inner), never written out where fused."""
+    """softmax(s Q Kᵀ) G for q and k (B, M, dim) and g (B, M, inner): (B, M, inner), for graphs without our operator."""
     if dim != inner:  # fused kernels take one width; zeros change nothing
         q, k = F.pad(q, (0, max(inner - dim, 0))), F.pad(k, (0, max(inner - dim, 0)))
         g = F.pad(g, (0, max(dim - inner, 0)))
