@@ -134,7 +134,7 @@ def card(file: Shipped, runs: list[Run]) -> tuple[str, str]:
         f'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```',
         'The snippet that the Hub itself offers lacks that first import. The inference widget cannot serve an '
         'architecture from outside timm. The networks were trained on images minus the mean image; `transform` '
-        f'subtracts the mean colour, the nearest that timm’s data configuration can say. In a clone of the project '
+        'subtracts the mean colour, the nearest that timm’s data configuration can say. In a clone of the project '
         f'`python -m train.evaluate {name}` gives the test error under either.',
         *([f'What its blocks have learned, read over range requests:\n\n'
            f'```sh\npython -m timm_nonlocal.inspect hf-hub:{repo}\n```'] if spectrum else []),
