@@ -8,15 +8,41 @@ than the arithmetic done on them. On a GPU the blocks only bound the memory.
 Shapes: b images, M positions, D embedding channels, k sub-blocks of C' channels each.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import Tensor
 
 BLOCK_BYTES = {'cpu': 4 << 20, 'cuda': 128 << 20}  # of one block of rows, or of all images of a chunk, a CPU thread
+CHUNK = 4  # times as many images go through the maps outside of the chain at once: fewer, larger products
 KEEP_BYTES = {'cpu': 64 << 20, 'cuda': 128 << 20}  # A is made once for all sub-blocks up to this size, else for each
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 by instructions of its own: else float32 is faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN is to multiply float32 on the CPU: on AMD's, where MKL has half its speed (BENCHMARKS.md)."""
+    cpuinfo = Path('/proc/cpuinfo')
+    return (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+            and cpuinfo.is_file() and 'AuthenticAMD' in cpuinfo.read_text())
+
+
+def linear_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b for a (i, j) and b (j, l) by oneDNN, through torch's operator of linear layers: x wᵀ."""
+    x, w = (a, b.T) if a.stride(1) == 1 else (b.T, a)  # a large transposed matrix is the faster as the weight
+    if not (w.is_contiguous() or w.T.is_contiguous()):
+        w = w.contiguous()  # oneDNN has no kernel for a weight with gaps
+    product = torch.ops.mkldnn._linear_pointwise(x, w, None, 'none', [], '')
+    return product if x is a else product.T
 
 
 class ProductChain:
@@ -39,19 +65,22 @@ class ProductChain:
 
     @staticmethod
     def operands(like: Tensor) -> torch.dtype:
-        """bfloat16 and float16 are multiplied as they are on a GPU, summed in float32, and as float32 on the CPU."""
-        return like.dtype if like.is_cuda else torch.promote_types(like.dtype, torch.float32)
+        """bfloat16 and float16 are multiplied as they are where the device does so, else as float32."""
+        native = like.is_cuda or (like.dtype == torch.bfloat16 and multiplies_bfloat16())
+        return like.dtype if native else torch.promote_types(like.dtype, torch.float32)
 
     def __init__(self, like: Tensor, positions: int, inner: int, scale: float, difference: bool = True):
         self.device, device = like.device, 'cuda' if like.is_cuda else 'cpu'
         self.dtype = self.operands(like)
-        self.sums = torch.promote_types(self.dtype, torch.float32)
+        self.sums = torch.promote_types(self.dtype, torch.float32) if like.is_cuda else self.dtype
         self.inner, self.scale, self.minus = inner, scale, int(difference)
         row = positions * self.sums.itemsize
         block = BLOCK_BYTES[device] * (1 if like.is_cuda else torch.get_num_threads())
         step = max(1, min(positions, block // row))
         self.blocks = [slice(first, min(first + step, positions)) for first in range(0, positions, step)]
-        self.images = max(1, block // (positions * row))
+        self.one_by_one = self.dtype == torch.float32 and device == 'cpu' and onednn_is_faster()
+        self.together = 1 if self.one_by_one else max(1, block // (positions * row))
+        self.images = self.together * (1 if like.is_cuda else CHUNK)
         self.keep = positions * row <= KEEP_BYTES[device]
         self.buffers: dict[str, Tensor] = {}
 
@@ -65,13 +94,8 @@ class ProductChain:
             rows: (b, M, `statistics`) float32, written where there are any.
             t: (k C', k C'), the inner maps Tₙₘ = W_gⁿ W_Zᵐ, of which those with m < n are read.
         """
-        affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
-        for n in range(0, g.shape[2], self.inner):
-            g_n, h_n = (z[:, :, n:n + self.inner] for z in (g, h))
-            if n:
-                g_n += h[:, :, :n] @ t[n:n + self.inner, :n].T
-            for block in self.blocks:
-                torch.sub(self._product(affinity(block), g_n), g_n[:, block], alpha=self.minus, out=h_n[:, block])
+        for images in zip(*(z.split(self.together) for z in (q, k, g, h)), strict=True):
+            self._forward(*images, t)
 
     def backward(
             self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, rows: Tensor, t: Tensor,
@@ -85,32 +109,42 @@ class ProductChain:
             dq, dk: (b, M, D), written.
             dg: (b, M, k C'), written.
         """
+        for images in zip(*(z.split(self.together) for z in (q, k, g, dh, dq, dk, dg)), strict=True):
+            self._backward(*images, t)
+
+    def _forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, t: Tensor) -> None:
         affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
-        dk_columns = None  # (b, D, M)
+        for n in range(0, g.shape[2], self.inner):
+            g_n, h_n = (z[:, :, n:n + self.inner] for z in (g, h))
+            if n:
+                g_n.view(-1, self.inner).addmm_(h[:, :, :n].flatten(0, 1), t[n:n + self.inner, :n].T)
+            for block in self.blocks:
+                self._subtract(affinity(block), g_n, g_n[:, block], h_n[:, block])
+
+    def _backward(self, q: Tensor, k: Tensor, g: Tensor, dh: Tensor, dq: Tensor, dk: Tensor, dg: Tensor,
+                  t: Tensor) -> None:
+        affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
+        columns = g.contiguous().transpose(1, 2)  # (b, k C', M)
+        dk_sum = None  # (b, M, D)
         for n in reversed(range(0, g.shape[2], self.inner)):
             end = n + self.inner
-            dh_n = dh[:, :, n:end]
+            dh_n, dg_n = dh[:, :, n:end], dg[:, :, n:end]
             if end < g.shape[2]:
-                dh_n += dg[:, :, end:] @ t[end:, n:end]
-            back = None  # (Aᵀ dHⁿ)ᵀ, (b, C', M): dHⁿᵀ A goes through A row by row
+                dh_n.view(-1, self.inner).addmm_(dg[:, :, end:].flatten(0, 1), t[end:, n:end])
+            back = None  # Aᵀ dHⁿ, (b, M, C'), summed over the rows of A
             for block in self.blocks:
                 a = affinity(block)
-                back = self._product(dh_n[:, block].transpose(1, 2), a, back)
+                if len(self.blocks) == 1:
+                    self._subtract(a.transpose(1, 2), dh_n, dh_n, dg_n)
+                else:
+                    back = self._add(back, a.transpose(1, 2), dh_n[:, block])
                 if n == 0:  # dH is whole now
-                    ds = self._logit_gradient(a, dh[:, block], g)
+                    ds = self._logit_gradient(a, dh[:, block], columns)
                     torch.mul(self._product(ds, k), self.scale, out=dq[:, block])
-                    dk_columns = self._product(q[:, block].transpose(1, 2), ds, dk_columns)
-            torch.sub(back.transpose(1, 2), dh_n, alpha=self.minus, out=dg[:, :, n:end])
-        torch.mul(dk_columns.transpose(1, 2), self.scale, out=dk)
-
-    def _logit_gradient(self, a: Tensor, dh: Tensor, g: Tensor) -> Tensor:
-        """dA = [dH¹…dHᵏ][G¹…Gᵏ]ᵀ taken through the softmax, for some rows: (b, rows, M), good until the next."""
-        da = self._buffer('da', a.shape, self.sums)
-        da = self._product(dh, g.transpose(1, 2), out=da)
-        if a.dtype != self.sums:
-            a = a.to(self.sums)
-            a /= a.sum(dim=2, keepdim=True)  # rounding has left rows that do not sum to one
-        return torch.ops.aten._softmax_backward_data.out(da, a, 2, self.sums, grad_input=da).to(self.dtype)
+                    dk_sum = self._add(dk_sum, ds.transpose(1, 2), q[:, block])
+            if back is not None:
+                torch.sub(back, dh_n, alpha=self.minus, out=dg_n)
+        torch.mul(dk_sum, self.scale, out=dk)
 
     def _affinity(self, q: Tensor, k: Tensor, again: bool) -> Callable[[slice], Tensor]:
         """A by its rows: (b, rows, M) in `dtype`, good until the next rows are asked for.
@@ -127,26 +161,50 @@ class ProductChain:
             a = a[:, block] if keep else a
             if block.start not in made:
                 if self.dtype == self.sums:
-                    logits = self._product(q[:, block] * self.scale, k.transpose(1, 2), out=a)
+                    logits = self._product(q[:, block], k.transpose(1, 2), self.scale, out=a)
+                    torch.softmax(logits, dim=2, out=a)  # of bfloat16 in float32 inside
                 else:
-                    logits = self._product(q[:, block], k.transpose(1, 2)).mul_(self.scale)
-                a.copy_(torch.softmax(logits, dim=2, out=logits))
+                    logits = self._product(q[:, block], k.transpose(1, 2), self.scale)
+                    a.copy_(torch.softmax(logits, dim=2, out=logits))
                 if keep:
                     made.add(block.start)
             return a
 
         return affinity
 
-    def _product(self, a: Tensor, b: Tensor, total: Optional[Tensor] = None, out: Optional[Tensor] = None) -> Tensor:
-        """a b, or total + a b in place, for a (b, i, j) and b (b, j, l), summed and returned in `sums`.
+    def _logit_gradient(self, a: Tensor, dh: Tensor, columns: Tensor) -> Tensor:
+        """dA = [dH¹…dHᵏ][G¹…Gᵏ]ᵀ taken through the softmax, for some rows: (b, rows, M), good until the next."""
+        da = self._product(dh, columns, out=None if self.one_by_one else self._buffer('da', a.shape, self.sums))
+        if a.dtype != self.sums:
+            a = a.to(self.sums)
+            a /= a.sum(dim=2, keepdim=True)  # rounding has left rows that do not sum to one
+        return torch.ops.aten._softmax_backward_data.out(da, a, 2, self.sums, grad_input=da).to(self.dtype)
+
+    def _subtract(self, a: Tensor, b: Tensor, c: Tensor, out: Tensor) -> None:
+        """a b - c where the difference is asked for, else a b."""
+        if self.dtype == self.sums and not self.one_by_one:
+            torch.baddbmm(c, a, b, beta=-self.minus, out=out)
+        else:
+            torch.sub(self._product(a, b), c, alpha=self.minus, out=out)
+
+    def _add(self, total: Optional[Tensor], a: Tensor, b: Tensor) -> Tensor:
+        """total + a b, in float32 or more where there is a sum; a b where there is none yet."""
+        product = self._product(a, b)
+        return product if total is None else total.to(torch.promote_types(total.dtype, torch.float32)).add_(product)
+
+    def _product(self, a: Tensor, b: Tensor, scale: float = 1.0, out: Optional[Tensor] = None) -> Tensor:
+        """scale a b for a (b, i, j) and b (b, j, l), summed in float32 or more and returned in `sums`.
 
         Args:
             out: where the result may be written.
         """
+        if self.one_by_one:
+            return linear_product(a[0] if scale == 1 else a[0] * scale, b[0]).unsqueeze(0)
         if self.dtype == self.sums:
-            return torch.bmm(a, b, out=out) if total is None else total.baddbmm_(a, b)
+            out = a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if out is None else out
+            return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
         product = torch.bmm(a, b, out_dtype=self.sums) if a.is_cuda else torch.bmm(a.to(self.sums), b.to(self.sums))
-        return product if total is None else total.add_(product)
+        return product.mul_(scale)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An empty tensor that keeps its place in memory from one call to the next, however large each one is."""
