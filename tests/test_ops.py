@@ -81,7 +81,8 @@ def test_accuracy_of_options(device, dtype, options):
 @pytest.mark.parametrize('size', [1.0, 4.0])
 @pytest.mark.parametrize('make', [
     lambda: NonlocalStage(C, 5), lambda: NonlocalStage(C, 1), lambda: NonlocalStage(C, 3, symmetric=True),
-    lambda: NonlocalBlock(C), lambda: NonlocalBlock(C, symmetric=True)], ids=['5', '1', '3, shared', '(1)', '(1), shared'])
+    lambda: NonlocalBlock(C), lambda: NonlocalBlock(C, symmetric=True)],
+    ids=['k = 5', 'k = 1', 'k = 3, shared', 'block', 'block, shared'])
 def test_autocast_errs_no_more_than_with_the_affinity_written_out(device, make, size):
     """Against float64, never more than 1.3 times as much, in every output and gradient."""
     module, x = make().to(device), size * torch.randn(2, C, 32, 32, device=device)
