@@ -7,7 +7,16 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.stage.check import TOLERANCE, chain_in_float64, outputs, reference, relative
+from benchmarks.stage.check import (
+    TOLERANCE,
+    bound,
+    chain_written_out,
+    errors,
+    outputs,
+    reference,
+    relative,
+    written_out,
+)
 from conftest import ROOT, run
 from timm_nonlocal import NonlocalBlock, NonlocalStage, ops_products
 from timm_nonlocal.ops import nonlocal_stage
@@ -29,28 +38,17 @@ def scaled(module, x, largest):
     module.affinity.scale = largest / (q @ k.transpose(1, 2)).abs().max().item()
 
 
-def errors(module, x, dz):
-    """Of Z, dX and dW, relative to the plain path in float64."""
-    for got, expected in zip(outputs(module, x, dz), reference(module, x, dz), strict=True):
-        assert got.isfinite().all()
-        yield relative(got, expected)
-
-
-def written_out(module):
-    module = copy.deepcopy(module)
-    module.merged = False
-    return module
+def compared(module, x):
+    """Outputs and gradients: ours, those with A written out, and those of float64."""
+    dz = torch.randn_like(x)
+    return outputs(module, x, dz), outputs(written_out(module), x, dz), reference(module, x, dz)
 
 
 def assert_accurate(module, x):
-    """To the tolerance, or where Q and K are rounded before they are multiplied to what A written out has."""
-    dz = torch.randn_like(x)
-    bounds = [TOLERANCE[x.dtype]] * 3
-    if x.dtype == torch.bfloat16:
-        bounds = [max(bound, 1.3 * error) for bound, error in
-                  zip(bounds, errors(written_out(module), x, dz), strict=True)]
-    for name, error, bound in zip(('Z', 'dX', 'dW'), errors(module, x, dz), bounds, strict=True):
-        assert error <= bound, name
+    ours, plain, expected = compared(module, x)
+    most = bound(x.dtype, plain, expected)
+    for name, error, bounded in zip(('Z', 'dX', 'dW'), errors(ours, expected), most, strict=True):
+        assert error <= bounded, name
 
 
 @DEVICES
@@ -86,10 +84,10 @@ def test_accuracy_of_options(device, dtype, options):
 def test_autocast_errs_no_more_than_with_the_affinity_written_out(device, make, size):
     """Against float64, never more than 1.3 times as much, in every output and gradient."""
     module, x = make().to(device), size * torch.randn(2, C, 32, 32, device=device)
-    dz = torch.randn_like(x)
     with torch.autocast(device, torch.bfloat16):
-        for ours, plain in zip(errors(module, x, dz), errors(written_out(module), x, dz), strict=True):
-            assert ours <= 1.3 * plain
+        ours, plain, expected = compared(module, x)
+    for error, most in zip(errors(ours, expected), errors(plain, expected), strict=True):
+        assert error <= 1.3 * most
 
 
 @DEVICES
@@ -134,7 +132,7 @@ def test_products_of_low_precision_operands(dtype, logits):
     q, keys, g, dh = (torch.randn(b, m, width).to(dtype) for width in (d, d, k * c, k * c))
     t = (torch.randn(k * c, k * c) / (2 * c ** 0.5)).to(dtype)
     scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
-    expected = chain_in_float64(q, keys, g, t, c, scale, dh)
+    expected = chain_written_out(q, keys, g, t, c, scale, dh)
     chain = ops_products.ProductChain(q, m, c, scale)
     chain.dtype, chain.sums, chain.one_by_one = dtype, torch.float32, False
     h, dq, dk, dg = (torch.full_like(z, float('nan')) for z in (dh, q, keys, g))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.stage.check import TOLERANCE, chain_in_float64, relative
+from benchmarks.stage.check import TOLERANCE, chain_written_out, relative
 from timm_nonlocal import NonlocalStage, ops
 from timm_nonlocal.ops_products import ProductChain
 
@@ -76,7 +76,7 @@ def test_matrix_products(dtype, logits):
     q, keys, g, dh = (torch.randn(2, 200, n, device='cuda').to(dtype) for n in (width, width, k * inner, k * inner))
     t = (torch.randn(k * inner, k * inner, device='cuda') / (2 * inner ** 0.5)).to(dtype)
     scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
-    expected = chain_in_float64(q, keys, g, t, inner, scale, dh)
+    expected = chain_written_out(q, keys, g, t, inner, scale, dh)
     chain = ProductChain(q, 200, inner, scale)
     h, dq, dk, dg = (torch.full_like(z, float('nan')) for z in (dh, q, keys, g))
     chain.forward(q, keys, g, h, None, t)

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from benchmarks.stage.check import TOLERANCE, chain_in_float64, relative
+from benchmarks.stage.check import TOLERANCE, chain_written_out, relative
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 if not INTERPRETED and not torch.cuda.is_available():
@@ -105,7 +105,7 @@ def test_accuracy(case, images, positions, dim, inner, k):
     projected, t, dh = operands(dtype, images, positions, dim, inner, k)
     q, keys, g = split(projected, dim)
     scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
-    expected = chain_in_float64(q, keys, g, t, inner, scale, dh, difference)
+    expected = chain_written_out(q, keys, g, t, inner, scale, dh, difference)
     got = chain(projected, t, dh, dim, inner, scale, deterministic, difference)
     for name, a, b in zip(('H', 'dQ', 'dK', 'dG'), got, expected, strict=True):
         assert a.isfinite().all(), name
@@ -124,7 +124,7 @@ def test_inputs_without_differences(dtype, positions):
     """H = 0; the errors of what is zero are measured against what cancels."""
     projected, t, dh = operands(dtype, 2, positions, 32, 32, 2)
     projected[:] = projected[:, :1]
-    expected = chain_in_float64(*split(projected, 32), t, 32, 0.2, dh)
+    expected = chain_written_out(*split(projected, 32), t, 32, 0.2, dh)
     h, dq, dk, dg = chain(projected, t, dh, 32, 32, 0.2)
     assert h.double().norm() <= TOLERANCE[dtype] * projected.double().norm()
     assert (dg.double() - expected[3]).norm() <= TOLERANCE[dtype] * dh.double().norm()

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ CHANNELS = 64
 
 @dataclass(frozen=True)
 class Case:
-    """Images, side of the grid (M = side²), sub-blocks, dtype."""
+    """Images, side of the grid (M = side²), sub-blocks, dtype: bfloat16 is autocast's, with float32 weights."""
 
     images: int
     side: int
@@ -94,20 +94,21 @@ class Step:
     """One contender in one case, ready to run."""
 
     def __init__(self, name: str, case: Case, device: torch.device):
-        self.module = CONTENDERS[name](CHANNELS, case.k).to(device, getattr(torch, case.dtype))
-        self.module = self.module.to(memory_format=torch.channels_last)
+        self.module = CONTENDERS[name](CHANNELS, case.k).to(device, memory_format=torch.channels_last)
         self.x, self.dz = case.inputs(device)
         self.wanted = [self.x, *self.module.parameters()]
-        self.context = without_triton if name == 'ours, matrix products' else torch.enable_grad
+        self.backend = without_triton if name == 'ours, matrix products' else nullcontext
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=case.dtype == 'bfloat16')
 
     def forward(self) -> Tensor:
-        with self.context(), torch.no_grad():
+        with self.backend(), self.autocast, torch.no_grad():
             return self.module(self.x)
 
     def both(self) -> list[Tensor]:
-        with self.context():
-            z = self.module(self.x)
-            return [z, *torch.autograd.grad(z, self.wanted, self.dz)]
+        with self.backend():
+            with self.autocast:
+                z = self.module(self.x)
+            return [z, *torch.autograd.grad(z, self.wanted, self.dz.to(z.dtype))]
 
 
 class Worker:

@@ -23,18 +23,20 @@ def main() -> None:
         print('null', file=answers, flush=True)
         return
     blocks = (NonLocal2d(case['channels'], mode='embedded_gaussian', zeros_init=False) for _ in range(case['k']))
-    module = torch.nn.Sequential(*blocks).to(device, dtype).to(memory_format=torch.channels_last)
+    module = torch.nn.Sequential(*blocks).to(device, memory_format=torch.channels_last)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     shape = case['images'], case['channels'], case['side'], case['side']
     x, dz = (torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last) for _ in range(2))
     wanted = [x.requires_grad_(), *module.parameters()]
 
     def forward() -> torch.Tensor:
-        with torch.no_grad():
+        with autocast, torch.no_grad():
             return module(x)
 
     def both() -> list[torch.Tensor]:
-        z = module(x)
-        return [z, *torch.autograd.grad(z, wanted, dz)]
+        with autocast:
+            z = module(x)
+        return [z, *torch.autograd.grad(z, wanted, dz.to(z.dtype))]
 
     for line in sys.stdin:
         what, repeats = line.strip(), 10 if device.type == 'cuda' else 1
