@@ -26,12 +26,13 @@ import torch
 from benchmarks.document import render
 from benchmarks.stage.measure import milliseconds
 from benchmarks.train_report import TARGETS, report, table
+from timm_nonlocal.recipes import PAPER, Recipe
 from train.data import Images, frame, whole_plan
 from train.loop import How, Trainer
 from train.pool import Pool
 from train.runs import Run, surroundings
 from train.state import write
-from train.step import PAPER, Learner, Recipe, autocast, compiled_loss, count_wrong, loss_of
+from train.step import Learner, autocast, compiled_loss, count_wrong, loss_of
 from train.stop import Stop
 
 

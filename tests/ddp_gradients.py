@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
+from timm_nonlocal.recipes import Recipe
 from train.processes import Processes, end
 from train.runs import Run
-from train.step import Learner, Recipe
+from train.step import Learner
 from training import random_images
 
 accelerator, images = Accelerator(cpu=True), random_images(45)

@@ -56,7 +56,7 @@ def test_what_a_run_leaves(finished):
     assert [float(row['lr']) for row in rows] == pytest.approx([0.1, 0.01])
     assert record['sha256'] == hashlib.sha256((finished / 'model.safetensors').read_bytes()).hexdigest()
     assert sorted(path.name for path in finished.iterdir()) == [
-        'config.json', 'curve.csv', 'model.safetensors', 'results.jsonl', 'state.safetensors']
+        'config.json', 'curve.csv', 'model.safetensors', 'results.jsonl', 'spectra.jsonl', 'state.safetensors']
 
 
 def test_timm_loads_it(finished):

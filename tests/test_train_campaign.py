@@ -11,12 +11,12 @@ import pytest
 import timm
 import torch
 
+from timm_nonlocal.recipes import Recipe, recipe_id
 from train import campaign, land, paper
 from train.pack import FILE_LIMIT, Pack
 from train.run_dir import read_results, sha256
 from train.runs import Run, describe_result
 from train.schedule import Pace, side_by_side
-from train.step import Recipe
 from training import result, same_tensors, train
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -43,7 +43,7 @@ def test_every_row_of_the_paper_is_there():
     assert len(paper.runs(rows, 5)) == 110 and len({run.name for _, run in paper.runs(rows, 5)}) == 110
     registered = {name for name in timm.list_models('preresnet20*')}
     assert {row.run.architecture for row in rows if row.run.dataset == 'cifar10'} == registered
-    assert {row.run.recipe.id for row in rows} == {'paper', 'paper lr=0.01'}
+    assert {recipe_id(row.run.recipe) for row in rows} == {'paper', 'paper lr=0.01'}
     assert {row.run.architecture for row in rows if row.run.recipe.lr == 0.01} == {
         'preresnet20_nl_original_k4', 'preresnet56_nl_original_k4'}
     for figure, count in ((1, 3), (2, 1), (3, 4), (4, 1)):

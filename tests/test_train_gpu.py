@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 
+from timm_nonlocal.recipes import Recipe
 from train import campaign, cifar
 from train.data import whole_plan
 from train.evaluate import ROUNDING, evaluate
@@ -12,7 +13,7 @@ from train.loop import How
 from train.pack import Pack
 from train.pool import Pool
 from train.runs import Run
-from train.step import Learner, Recipe, autocast, compiled_loss, count_wrong, logits_of, loss_of
+from train.step import Learner, autocast, compiled_loss, count_wrong, logits_of, loss_of
 from training import COMMON, random_images, result, same_course, same_tensors
 
 pytestmark = pytest.mark.gpu

@@ -11,10 +11,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import timm_nonlocal  # noqa: F401
 from conftest import ROOT, run
+from timm_nonlocal.recipes import Recipe, recipe_id
 from train.data import batch, epoch_plan
 from train.pool import WARM_UP, Pool
 from train.runs import Run, surroundings
-from train.step import Learner, Recipe, autocast, compiled_loss, loss_of
+from train.step import Learner, autocast, compiled_loss, loss_of
 from training import random_images, same_tensors
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -42,9 +43,9 @@ def test_recipe_is_the_papers():
     steps = recipe.epochs * -(-50_000 // recipe.batch_size)
     assert (recipe.epochs, recipe.batch_size, steps) == (164, 128, 64_124)
     assert (recipe.momentum, recipe.weight_decay) == (0.9, 1e-4)
-    rates = [recipe.lr_at(epoch) for epoch in (0, 80, 81, 121, 122, 163)]
+    rates = [recipe.lr_at(epoch * 391, 391) for epoch in (0, 80, 81, 121, 122, 163)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    assert recipe.id == 'paper' and Recipe(lr=0.01).id == 'paper lr=0.01'
+    assert recipe_id(recipe) == "paper" and recipe_id(Recipe(lr=0.01)) == "paper lr=0.01"
 
 
 def test_steps_equal_plain_pytorch():
@@ -53,7 +54,7 @@ def test_steps_equal_plain_pytorch():
     model = Run(MODEL, seed=0).build()
     plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, foreach=False)
     for epoch in range(2):
-        plain.param_groups[0]['lr'] = RECIPE.lr_at(epoch)
+        plain.param_groups[0]['lr'] = RECIPE.lr_at(epoch * 3, 3)
         plan, seen, losses, wrong = epoch_plan(40, 0, epoch), 0, 0.0, 0
         ours.seek(epoch)
         for size in (16, 16, 8):
@@ -93,7 +94,7 @@ def test_what_a_step_uses_keeps_its_address():
     before, state = addresses(), {name: tensor.clone() for name, tensor in ours.state().items()}
     epochs(Pool([ours]))
     rate = ours.optimizer.param_groups[0]['lr']
-    assert rate.item() == pytest.approx(RECIPE.lr_at(1)) and not same_tensors(ours.state(), state)
+    assert rate.item() == pytest.approx(RECIPE.lr_at(3, 3)) and not same_tensors(ours.state(), state)
     ours.load_state(state)
     assert addresses() == before and same_tensors(ours.state(), state)
 

@@ -17,9 +17,9 @@ from conftest import ROOT
 from hub import zoo
 from networks import package_with_weights
 from timm_nonlocal.preresnet import ARCHITECTURES
+from timm_nonlocal.recipes import PAPER
 from train import cifar
 from train.runs import Run
-from train.step import PAPER
 
 NAME = 'preresnet20_nl_proposed_k2.cifar10'
 

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+ANNEALS = 'steps', 'linear'
+MEANS = 'image', 'colour'
+
 
 @dataclass(frozen=True)
 class Recipe:

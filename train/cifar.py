@@ -15,24 +15,29 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 STARTED = time.monotonic()  # before the imports, which take seconds on a cold disk
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python sees train/ only
 
+import timm  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from timm.models import split_model_name_tag  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+from timm_nonlocal.recipes import ANNEALS, MEANS, PAPER, RECIPES, Recipe  # noqa: E402
 from train import run_dir, state  # noqa: E402
 from train.data import DATASETS, DataError, load  # noqa: E402
 from train.loop import How, Trainer, check_same_runs  # noqa: E402
 from train.processes import Processes, end  # noqa: E402
 from train.progress import Bar  # noqa: E402
-from train.runs import Run  # noqa: E402
+from train.runs import Run, Start  # noqa: E402
 from train.state import RunError  # noqa: E402
-from train.step import PAPER, Recipe  # noqa: E402
 from train.stop import Stop  # noqa: E402
 
 
@@ -45,14 +50,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--data-dir', default='data', help='where torchvision keeps the data set')
     parser.add_argument('--download', action='store_true', help='fetch what is missing there')
     parser.add_argument('--limit', type=int, default=0, metavar='N', help='use the first N images of each split only')
-    parser.add_argument('--epochs', type=int, default=PAPER.epochs)
-    parser.add_argument('--batch-size', type=int, default=PAPER.batch_size, help='over all processes together')
-    parser.add_argument('--lr', type=float, default=PAPER.lr)
-    parser.add_argument('--milestones', type=int, nargs='*', default=list(PAPER.milestones), metavar='EPOCH',
+    recipe = parser.add_argument_group('recipe', 'a recipe, and what differs from it')
+    recipe.add_argument('--recipe', choices=list(RECIPES), default='paper',
+                        help="the paper's, the same in a tenth of its length, or ft: from trained weights (--start)")
+    recipe.add_argument('--epochs', type=int)
+    recipe.add_argument('--batch-size', type=int, help='over all processes together')
+    recipe.add_argument('--lr', type=float, help='the highest learning rate')
+    recipe.add_argument('--milestones', type=int, nargs='*', metavar='EPOCH',
                         help='epochs at which the learning rate is multiplied by gamma')
-    parser.add_argument('--gamma', type=float, default=PAPER.gamma)
-    parser.add_argument('--momentum', type=float, default=PAPER.momentum)
-    parser.add_argument('--weight-decay', type=float, default=PAPER.weight_decay, help='on every parameter')
+    recipe.add_argument('--gamma', type=float)
+    recipe.add_argument('--momentum', type=float)
+    recipe.add_argument('--weight-decay', type=float, help='on every parameter')
+    recipe.add_argument('--nesterov', action=argparse.BooleanOptionalAction, default=None)
+    recipe.add_argument('--warmup', type=float, metavar='FRACTION', help='of all steps, in which the rate grows to lr')
+    recipe.add_argument('--anneal', choices=ANNEALS, help='by the milestones, or linearly to zero')
+    recipe.add_argument('--mean', choices=MEANS, help='subtract the mean image, or the mean colour')
+    parser.add_argument('--start', metavar='NAME|FILE|FOLDER',
+                        help='trained weights of the backbone; the nonlocal modules begin as the identity')
+    parser.add_argument('--test-every', type=int, default=1, metavar='N', help='epochs; the last one is always tested')
     parser.add_argument('--seed', '--seeds', type=int, nargs='+', default=[0], dest='seeds', metavar='SEED',
                         help='of the initial weights and of every epoch plan; several train side by side')
     parser.add_argument('--output-dir', help='default: runs/MODEL.DATASET.seedS; of several seeds the folder with '
@@ -62,18 +77,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--save-seconds', type=float, default=60.0, help='how often the state is saved')
     parser.add_argument('--max-minutes', type=float, default=0.0, metavar='M',
                         help='save and stop before M minutes are over; --resume auto continues')
-    parser.add_argument('--spectrum-epochs', type=int, nargs='*', default=[], metavar='EPOCH',
-                        help='keep the spectra of the nonlocal parts after these epochs, as 36 82 125 in Figure 2')
+    parser.add_argument('--spectrum-epochs', type=int, nargs='*', metavar='EPOCH',
+                        help="keep the spectra of the nonlocal modules after these epochs (default: Figure 2's, as "
+                             'fractions of the run, and the last)')
     parser.add_argument('--compile', action='store_true', help='the step goes through torch.compile')
     parser.add_argument('--no-graph', action='store_true', help='on a GPU: no CUDA graph')
     parser.add_argument('--deterministic', action='store_true', help='on a GPU: the same bits every time')
     parser.add_argument('--sync-bn', action='store_true', help='several GPUs: batch statistics over all of them')
     parser.add_argument('--log-with', nargs='+', default=[], metavar='TRACKER', choices=sorted(LOGGER_TYPE_TO_CLASS),
                         help='log every epoch with tensorboard, wandb, trackio or another tracker of accelerate')
-    parser.add_argument('--threads', type=int, default=0, help='of a CPU process (default: its share of the cores)')
+    parser.add_argument('--threads', type=int, default=0,
+                        help='of a CPU process (default: its share of those it may use, see OMP_NUM_THREADS)')
     args = parser.parse_args(argv)
-    if args.epochs < 1 or args.batch_size < 1:
-        parser.error(f'--epochs {args.epochs} --batch-size {args.batch_size}: both must be at least 1')
+    args.recipe = recipe_of(args)
+    if args.recipe.epochs < 1 or args.recipe.batch_size < 1 or args.test_every < 1:
+        parser.error(f'--epochs {args.recipe.epochs} --batch-size {args.recipe.batch_size} --test-every '
+                     f'{args.test_every}: all must be at least 1')
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f'--seeds {" ".join(map(str, args.seeds))}: each only once')
     missing = sorted(set(args.log_with) - {str(tracker) for tracker in get_available_trackers()})
@@ -82,7 +101,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def plan(args: argparse.Namespace, accelerator: Accelerator) -> tuple[list[Run], list[Path], Processes]:
+def plan(args: argparse.Namespace, accelerator: Accelerator,
+         start: Start | None = None) -> tuple[list[Run], list[Path], Processes]:
     """The runs of this process, their folders, and the processes that share them.
 
     Raises:
@@ -97,8 +117,9 @@ def plan(args: argparse.Namespace, accelerator: Accelerator) -> tuple[list[Run],
     if args.sync_bn and not (shared and count > 1 and accelerator.device.type == 'cuda'):
         raise ValueError('--sync-bn is for one seed on several GPUs')
     architecture = split_model_name_tag(args.model)[0]
-    runs = [Run(architecture, args.dataset, seed, recipe_of(args), tuple(args.model_kwargs), args.limit,
-                accelerator.mixed_precision, args.compile, count if shared else 1) for seed in args.seeds]
+    runs = [Run(architecture, args.dataset, seed, args.recipe, tuple(args.model_kwargs), args.limit,
+                accelerator.mixed_precision, args.compile, count if shared else 1, start, args.test_every)
+            for seed in args.seeds]
     folders = [output_dir(args) if shared else output_dir(args) / f'seed{seed}' for seed in args.seeds]
     if shared:
         return runs, folders, Processes(accelerator)
@@ -113,8 +134,34 @@ def output_dir(args: argparse.Namespace) -> Path:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    return Recipe(args.epochs, args.batch_size, args.lr, tuple(args.milestones), args.gamma, args.momentum,
-                  args.weight_decay)
+    given = {field.name: value for field in fields(Recipe) if (value := getattr(args, field.name)) is not None}
+    return replace(RECIPES[args.recipe], **{key: tuple(value) if isinstance(value, list) else value
+                                            for key, value in given.items()})
+
+
+def spectrum_epochs(args: argparse.Namespace) -> list[int]:
+    """The epochs asked for, or Figure 2's and the last as fractions of the run."""
+    if args.spectrum_epochs is not None:
+        return args.spectrum_epochs
+    return sorted({max(1, round(args.recipe.epochs * epoch / PAPER.epochs)) for epoch in (36, 82, 125, PAPER.epochs)})
+
+
+def open_start(name: str) -> tuple[Start, dict[str, Tensor]]:
+    """The weights that --start names: a registered name's, a safetensors file's or a run's.
+
+    Raises:
+        ValueError: there are none, or they cannot be read.
+    """
+    path = Path(name)
+    try:
+        if path.exists():
+            weights = load_file(path / run_dir.MODEL if path.is_dir() else path)
+        else:
+            weights = timm.create_model(name, pretrained=True).state_dict()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f'--start {name}: {str(error).strip().splitlines()[0]}') from error
+    weights = {key: tensor.contiguous() for key, tensor in weights.items()}
+    return Start(path.name if path.exists() else name, run_dir.sha256(weights)), weights
 
 
 def train(args: argparse.Namespace) -> int:
@@ -122,17 +169,24 @@ def train(args: argparse.Namespace) -> int:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), log_with=args.log_with or None,
                               project_dir=output_dir(args))
     if accelerator.device.type == 'cpu':
-        torch.set_num_threads(args.threads or max(1, os.cpu_count() // accelerator.num_processes))
+        torch.set_num_threads(args.threads or max(1, usable_cores() // accelerator.num_processes))
     stopped = train_runs(args, accelerator)
     end(accelerator)
     return {'': 0, 'time': 124, 'signal': 130}[stopped]
+
+
+def usable_cores() -> int:
+    """How many threads torch would take, which follows OMP_NUM_THREADS, and no more than this process has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return min(torch.get_num_threads(), cores) if 'OMP_NUM_THREADS' in os.environ else cores
 
 
 def train_runs(args: argparse.Namespace, accelerator: Accelerator) -> str:
     """The runs of this process, from their folders' state to the end. Returns why they stopped before it, or ''."""
     how = How(not args.no_graph, args.deterministic, args.sync_bn)
     how.prepare(accelerator.device)
-    runs, folders, processes = plan(args, accelerator)
+    start, weights = open_start(args.start) if args.start else (None, None)
+    runs, folders, processes = plan(args, accelerator, start)
     runs[0].build()  # a name or argument that does not fit is said before anything is read
     saved = read_state(folders, runs, args.resume == 'auto')
     if run_dir.is_finished(folders):
@@ -140,11 +194,13 @@ def train_runs(args: argparse.Namespace, accelerator: Accelerator) -> str:
             record, = run_dir.read_results(folder / run_dir.RESULTS)
             print(f'{folder} is finished: final error {record["final_error"]:.2f} %')
         return ''
-    train_set, test_set = load(args.dataset, args.data_dir, args.download, args.limit)
+    train_set, test_set = load(args.dataset, args.data_dir, args.download, args.limit, args.recipe.mean)
     trainer = Trainer(runs, train_set.to(accelerator.device), test_set.to(accelerator.device), how, processes,
-                      args.spectrum_epochs)
+                      spectrum_epochs(args))
     if saved:
         trainer.restore(*saved, str(folders[0]))
+    elif weights:
+        trainer.start_from(weights)
 
     def save(tensors, progress) -> None:
         state.save(folders[0] / run_dir.STATE, tensors, progress)
@@ -154,11 +210,13 @@ def train_runs(args: argparse.Namespace, accelerator: Accelerator) -> str:
                 run_dir.write_lines(folder / run_dir.SPECTRA, kept['spectra'])
 
     if args.log_with:
-        accelerator.init_trackers('timm_nonlocal', {key: value for key, value in vars(args).items()
+        options = {**vars(args), **args.recipe.to_dict()}
+        accelerator.init_trackers('timm_nonlocal', {key: value for key, value in options.items()
                                                     if isinstance(value, (int, float, str))})
     epoch, images = trainer.progress['epoch'], trainer.progress['images']
     with (Stop(args.max_minutes, STARTED) as stop,
-          Bar(args.epochs * len(train_set), epoch * len(train_set) + images, accelerator.is_main_process) as bar):
+          Bar(args.recipe.epochs * len(train_set), epoch * len(train_set) + images,
+              accelerator.is_main_process) as bar):
         stopped = trainer.run(stop, save, args.save_seconds, bar, on_epoch=log_to(accelerator, runs))
     if not stopped and processes.first:
         finish(trainer, folders)

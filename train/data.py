@@ -6,13 +6,15 @@ function of the plan's columns. A run can therefore be cut anywhere and continue
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
+
+from timm_nonlocal.pretrained import DATASETS as FACTS
 
 DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
 PAD = 4
@@ -51,12 +53,20 @@ def frame(images: Tensor) -> Tensor:
     return F.pad(images, (0, 0, PAD, PAD, PAD, PAD))
 
 
-def load(name: str, data_dir: str, download: bool = False, limit: int = 0) -> tuple[Images, Images]:
+def mean_colour(images: Images, colour: tuple[float, ...]) -> Images:
+    """The same images with one mean a channel in place of the mean image, as timm has it; the frame stays zero."""
+    inside = frame(torch.ones(*images.pixels.shape[1:], device=images.mean.device)[2 * PAD:, 2 * PAD:])
+    return replace(images, mean=inside * torch.tensor(colour, device=images.mean.device))
+
+
+def load(name: str, data_dir: str, download: bool = False, limit: int = 0,
+         mean: str = 'image') -> tuple[Images, Images]:
     """The training and the test split of 'cifar10' or 'cifar100' from the files torchvision keeps in data_dir.
 
     Args:
         download: fetch what is missing through torchvision.
         limit: keep the first `limit` training and test images only (0 keeps all); the mean is that of the kept ones.
+        mean: what is subtracted, see `Recipe.mean`.
 
     Raises:
         DataError: the folder is missing, incomplete or damaged, or its labels are not of its images.
@@ -81,6 +91,8 @@ def load(name: str, data_dir: str, download: bool = False, limit: int = 0) -> tu
         for split in splits), strict=True)
     mean = frame(pixels[0].double().mean(dim=0).div(255).float())
     train, test = (Images(frame(p), y, mean, len(splits[0].classes)) for p, y in zip(pixels, labels, strict=True))
+    if mean == 'colour':
+        train, test = (mean_colour(images, FACTS[name].mean) for images in (train, test))
     return train, test
 
 

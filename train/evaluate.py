@@ -17,7 +17,6 @@ be found or read.
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch import nn
 
 from timm_nonlocal.checkpoint import CheckpointError, near_names
 from train import run_dir
-from train.data import DataError, Images, frame, load, whole_plan
+from train.data import DataError, Images, load, mean_colour, whole_plan
 from train.runs import CLASSES, ROOT
 from train.state import RunError
 from train.step import logits_of
@@ -84,12 +83,6 @@ def recorded(target: str, model: nn.Module, published: list[dict[str, Any]]) -> 
     own = run_dir.read_results(Path(target) / run_dir.RESULTS) if Path(target).is_dir() else []
     digest = run_dir.sha256({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
     return next((line for line in [*own, *published] if line.get('sha256') == digest), None)
-
-
-def mean_colour(images: Images, colour: tuple[float, ...]) -> Images:
-    """The same images with one mean a channel in place of the mean image."""
-    inside = frame(torch.ones(*images.pixels.shape[1:], device=images.mean.device)[8:, 8:])
-    return replace(images, mean=inside * torch.tensor(colour, device=images.mean.device))
 
 
 def evaluate(model: nn.Module, images: Images) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_nonlocal import spectrum
 from train.data import Images, whole_plan
@@ -85,8 +85,10 @@ class Trainer:
         self.processes, self.spectrum_epochs = processes or Processes(), set(spectrum_epochs)
         self.epochs, self.batch_size = runs[0].recipe.epochs, runs[0].recipe.batch_size
         self.device = train_set.labels.device
-        if len({(run.dataset, run.limit, run.recipe.epochs, run.compile) for run in runs}) > 1:
-            raise ValueError('runs side by side need the same data set, limit, number of epochs and compile')
+        if len({(run.dataset, run.limit, run.recipe.epochs, run.recipe.mean, run.compile, run.test_every)
+                for run in runs}) > 1:
+            raise ValueError('runs side by side need the same data set and preprocessing, limit, number of epochs, '
+                             'test_every and compile')
         rank, world = self.processes.rank, self.processes.world
         smallest = len(train_set) % self.batch_size or self.batch_size
         if smallest < 2 * world:
@@ -105,6 +107,26 @@ class Trainer:
             'epoch': 0, 'images': 0, 'seconds': 0.0, 'data': [len(train_set), len(test_set)],
             'runs': [{'run': run.to_dict(), 'history': [], 'spectra': []} for run in runs],
         }
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Begins every run with a trained backbone: its nonlocal modules are the identity, W_Z = 0.
+
+        Raises:
+            ValueError: the weights are not those of the networks' backbone.
+        """
+        for run, learner in zip(self.runs, self.learners, strict=True):
+            try:
+                missing, unknown = learner.bare.load_state_dict(weights, strict=False)
+            except RuntimeError as error:
+                raise ValueError(f'--start {run.start.name} does not fit {run.architecture}: '
+                                 f'{str(error).splitlines()[-1].strip()}') from error
+            other = [*unknown, *(name for name in missing if '.nl.' not in name)]
+            if other:
+                raise ValueError(f'--start {run.start.name} is not the backbone of {run.architecture}: {other[0]} is '
+                                 f'in one of them only')
+            for name, parameter in learner.bare.named_parameters():
+                if name in missing and name.endswith('.z.weight'):
+                    nn.init.zeros_(parameter)
 
     # What a run continues from
 
@@ -166,23 +188,34 @@ class Trainer:
                 self.pool.step(size)
                 progress['images'] += size
                 bar.advance(size, self._meters)
+                if self._diverged():
+                    break
                 if reason := self._look_up(stop, save_seconds, progress['images'] == count):
                     return reason
-            wrong = []
+            wrong, tested = [], self._tests(epoch)
             for learner in self.learners:
                 self.processes.take_firsts_buffers(learner.bare)
-                wrong.append(count_wrong(learner.bare, self.test_set, self.test_columns))
+                wrong.append(count_wrong(learner.bare, self.test_set, self.test_columns) if tested else learner.wrong)
             plans = [learner.epoch_plan(epoch + 1) for learner in self.learners]  # while the device is busy
             sums = self.processes.sum(torch.stack(
                 [torch.stack([learner.loss, learner.wrong.float(), test.float()])  # counts below 2²⁴ are exact
                  for learner, test in zip(self.learners, wrong, strict=True)])).tolist()  # waits for the device
-            rows = self._note(epoch, sums, time.monotonic() - since, count - first)
+            rows = self._note(epoch, sums, time.monotonic() - since, progress['images'] - first, tested)
             progress['epoch'], progress['images'] = epoch + 1, 0
             bar.epoch([row for row in rows if row], self.epochs)
             if on_epoch:
                 on_epoch(rows)
         self._save()
         return ''
+
+    def _tests(self, epoch: int) -> bool:
+        """Whether the test set is looked at after an epoch, counted from 0: the last one that is done always is."""
+        return (epoch + 1) % self.runs[0].test_every == 0 or epoch + 1 == self.epochs or self._diverged(ask=True)
+
+    def _diverged(self, ask: bool = False) -> bool:
+        """Whether no loss of this epoch is finite any more, asked every few steps as it waits for the device."""
+        ask |= self.progress['images'] // self.batch_size % ASK == 0
+        return ask and self.processes.world == 1 and not any(learner.loss.isfinite() for learner in self.learners)
 
     def _meters(self) -> str:
         seen = len(self.learners) * self.progress['images'] / self.processes.world
@@ -214,20 +247,25 @@ class Trainer:
         """Whether no run can go on: a loss that is not finite leaves weights that never become finite again."""
         return all(state['history'] and state['history'][-1]['train_loss'] is None for state in self.progress['runs'])
 
-    def _note(self, epoch: int, sums: list[list[float]], seconds: float, images: int) -> list[dict[str, Any] | None]:
+    def _note(self, epoch: int, sums: list[list[float]], seconds: float, images: int,
+              tested: bool) -> list[dict[str, Any] | None]:
         """Adds an epoch to the histories; sums are the training loss, training and test images that are wrong."""
         rows: list[dict[str, Any] | None] = []
-        train_count, test_count = self.progress['data']
+        (_, test_count), train_count = self.progress['data'], self.progress['images']
+        steps = self.learners[0].steps_per_epoch
         for run, learner, state, (loss, wrong, test) in zip(
                 self.runs, self.learners, self.progress['runs'], sums, strict=True):
             if state['history'] and state['history'][-1]['train_loss'] is None:
                 rows.append(None)
                 continue
             rows.append({
-                'epoch': epoch + 1, 'lr': run.recipe.lr_at(epoch),
+                'epoch': epoch + 1, 'step': epoch * steps + -(-train_count // self.batch_size),
+                'lr': run.recipe.lr_at(epoch * steps, steps),
                 'train_loss': loss / train_count if math.isfinite(loss) else None,
-                'train_error': 100 * wrong / train_count, 'test_error': 100 * test / test_count,
-                'test_wrong': round(test), 'images_per_second': images / seconds, 'seconds': seconds,
+                'train_error': 100 * wrong / train_count,
+                'test_error': 100 * test / test_count if tested else None,
+                'test_wrong': round(test) if tested else None,
+                'images_per_second': images / seconds, 'seconds': seconds,
             })
             state['history'].append(rows[-1])
             blocks = spectrum(learner.bare) if epoch + 1 in self.spectrum_epochs else []
@@ -249,7 +287,7 @@ class Trainer:
 
 def check_same_runs(runs: Sequence[Run], progress: dict[str, Any], source: str) -> None:
     """Raises RunError if a saved progress is not that of these runs."""
-    saved = [state['run'] for state in progress['runs']]
+    saved = [Run.from_dict(state['run']).to_dict() for state in progress['runs']]
     if len(saved) != len(runs):
         raise RunError(f'{source} holds another run (it has {len(saved)} side by side, not {len(runs)}): '
                        f'name another --output-dir')

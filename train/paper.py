@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from timm_nonlocal.recipes import PAPER, Recipe
 from train.runs import Run
-from train.step import PAPER, Recipe
 
 SPECTRA_EPOCHS = (36, 82, 125, 164)  # Figure 2 shows the first three, the others the last
 WAVES = ((0,), (1, 2), (3, 4))  # seeds that every row gets before any row gets the next ones

@@ -37,7 +37,7 @@ def sha256(weights: dict[str, Tensor]) -> str:
 def save_curve(folder: Path, history: list[dict[str, Any]]) -> None:
     def fill(path: Path) -> None:
         with open(path, 'w', newline='') as file:
-            rows = csv.DictWriter(file, fieldnames=list(history[0]))
+            rows = csv.DictWriter(file, fieldnames=list(history[-1]))  # rows of older states have fewer fields
             rows.writeheader()
             rows.writerows(history)
     if history:

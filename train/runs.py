@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,18 @@ from torch import nn
 
 import timm_nonlocal
 from timm_nonlocal.checkpoint import near_names
-from train.step import PAPER, Recipe
+from timm_nonlocal.recipes import PAPER, RECIPES, Recipe, nearest, recipe_id
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = {'cifar10': 10, 'cifar100': 100}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Trained weights that a run begins with: what they are called, and the sha256 of their safetensors file."""
+
+    name: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class Run:
         mixed_precision: 'no' or 'bf16'.
         compile: the step goes through torch.compile, whose rounding differs.
         processes: how many share every batch, each with the batch-norm statistics of its share.
+        start: the trained weights of the backbone that it begins with; None begins with what the seed draws.
+        test_every: the test set is looked at after every such epoch, and after the last.
     """
 
     architecture: str
@@ -51,29 +61,35 @@ class Run:
     mixed_precision: str = 'no'
     compile: bool = False
     processes: int = 1
+    start: Start | None = None
+    test_every: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them; a state is only continued by a run that has the same."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**own, 'recipe': self.recipe.to_dict(), 'model_kwargs': list(self.model_kwargs)}
+        return {**own, 'recipe': self.recipe.to_dict(), 'model_kwargs': list(self.model_kwargs),
+                'start': self.start and asdict(self.start)}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> 'Run':
         """The run that a line of results is about. Raises KeyError or TypeError if it is not such a line."""
-        recipe = Recipe(**{**record['recipe'], 'milestones': tuple(record['recipe']['milestones'])})
         own = {field.name: record[field.name] for field in fields(cls) if field.name in record}
-        return cls(**{**own, 'recipe': recipe, 'model_kwargs': tuple(record['model_kwargs'])})
+        start = record.get('start')
+        return cls(**{**own, 'recipe': Recipe.from_dict(record['recipe']), 'start': start and Start(**start),
+                      'model_kwargs': tuple(record['model_kwargs'])})
 
     @property
     def key(self) -> tuple:
         """What makes two runs the same run, however they were computed."""
         return (self.architecture, self.dataset, self.seed, self.recipe, self.model_kwargs, self.limit,
-                self.mixed_precision)
+                self.mixed_precision, self.start)
 
     @cached_property
     def row(self) -> str:
         """The run without its seed, in letters that every file system and tensor name takes."""
-        changes = [f'{key}{value}' for key, value in self.recipe.changes.items()]
+        name = nearest(self.recipe)
+        changes = [name] if name != 'paper' else []
+        changes += [f'{key}{value}' for key, value in self.recipe.changes(RECIPES[name]).items()]
         changes += [*self.model_kwargs, *([f'limit{self.limit}'] if self.limit else [])]
         parts = [self.architecture, self.dataset, *changes, *(['fp32'] if self.mixed_precision == 'no' else [])]
         return '.'.join(re.sub(r'[^A-Za-z0-9.]+', '-', part).strip('-') if index > 1 else part
@@ -167,15 +183,16 @@ def describe_result(run: Run, history: list[dict[str, Any]], images: Sequence[in
         more: what else is known: seconds, device, versions, sha256 of the weights.
     """
     model = run.build()
-    best = min(history, key=lambda row: row['test_error'])
+    best = min((row for row in history if row['test_error'] is not None), key=lambda row: row['test_error'])
     last = history[-1]
     return {
-        **run.to_dict(), 'recipe_id': run.recipe.id,
+        **run.to_dict(), 'recipe_name': nearest(run.recipe), 'recipe_id': recipe_id(run.recipe),
         'nonlocal': nonlocal_choices(model, parse_kwargs(run.model_kwargs).get('nl_args') or {}),
         'parameters': sum(p.numel() for p in model.parameters()), 'images': list(images),
-        'steps': len(history) * math.ceil(images[0] / run.recipe.batch_size),
+        'steps': last['step'] if 'step' in last else len(history) * math.ceil(images[0] / run.recipe.batch_size),
         'final_error': last['test_error'], 'final_wrong': last['test_wrong'],
         'diverged_epoch': last['epoch'] if last['train_loss'] is None else None,
+        'diverged_step': last.get('step') if last['train_loss'] is None else None,
         'best_error': best['test_error'], 'best_epoch': best['epoch'],
         **{key: [row[key] for row in history] for key in ('test_error', 'train_error', 'train_loss')},
         'spectra': [{'epoch': entry['epoch'], 'blocks': [

@@ -1,50 +1,15 @@
-"""The recipe, and one training step of it on tensors that stay where they are."""
+"""One training step on tensors that stay where they are."""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_nonlocal.recipes import Recipe
 from train.data import Images, batch, epoch_plan
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The paper's section 3.1; the batch size is not stated there but follows from its "32k and 48k iterations"."""
-
-    epochs: int = 164
-    batch_size: int = 128
-    lr: float = 0.1
-    milestones: tuple[int, ...] = (81, 122)
-    gamma: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-
-    def lr_at(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 0."""
-        return self.lr * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
-        return {**asdict(self), 'milestones': list(self.milestones)}
-
-    @property
-    def id(self) -> str:
-        """'paper', with what differs from it: 'paper lr=0.01'."""
-        return ' '.join(['paper', *(f'{key}={value}' for key, value in self.changes.items())])
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The fields that differ from the paper's."""
-        return {key: value for key, value in self.to_dict().items() if value != PAPER.to_dict()[key]}
-
-
-PAPER = Recipe()
 
 
 def autocast(device: torch.device, mixed_precision: str) -> Callable[[], AbstractContextManager]:
@@ -106,15 +71,20 @@ class Learner:
         device = images.labels.device
         self.optimizer = torch.optim.SGD(
             self.bare.parameters(), lr=torch.tensor(recipe.lr, device=device), momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay, fused=True)
+            weight_decay=recipe.weight_decay, nesterov=recipe.nesterov, fused=True)
         self.parameters = dict(self.bare.named_parameters())
         for p in self.parameters.values():  # zeros, as if there had been a step: the first one is like every other
             self.optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
         self.plan = torch.zeros(4, len(images), dtype=torch.int32, device=device)
+        self.rates = torch.zeros(self.steps_per_epoch, device=device)  # the learning rates of the epoch's steps
         self.cursor = torch.zeros((), dtype=torch.int64, device=device)  # images of the epoch that are done
         self.offsets = torch.arange(recipe.batch_size, device=device)
         self.loss = torch.zeros((), device=device)  # summed over the epoch's images
         self.wrong = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.images) // self.recipe.batch_size)
 
     def epoch_plan(self, epoch: int) -> Tensor:
         """The plan of an epoch on the CPU, in memory from which a GPU copies without waiting."""
@@ -125,7 +95,8 @@ class Learner:
         """Goes to an epoch (counted from 0) of which `done` images are done; its plan may be at hand already."""
         self.plan.copy_(self.epoch_plan(epoch) if plan is None else plan, non_blocking=True)
         self.cursor.fill_(done)
-        self.optimizer.param_groups[0]['lr'].fill_(self.recipe.lr_at(epoch))
+        first, steps = epoch * self.steps_per_epoch, self.steps_per_epoch
+        self.rates.copy_(torch.tensor([self.recipe.lr_at(step, steps) for step in range(first, first + steps)]))
         if done == 0:
             self.loss.zero_()
             self.wrong.zero_()
@@ -133,6 +104,8 @@ class Learner:
     def step(self, size: int) -> None:
         """One update from the next `size` columns of the plan."""
         columns = self.plan.index_select(1, self.cursor + self.offsets[:size])[:, self.rank::self.world]
+        rate = self.optimizer.param_groups[0]['lr']
+        rate.copy_(self.rates.index_select(0, (self.cursor // self.recipe.batch_size).view(1)).view(()))
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             loss, wrong = self.loss_of(self.model, self.images, columns)
