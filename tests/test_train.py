@@ -287,7 +287,7 @@ def test_unknown_model_names_near_ones(small_cifar_here, fails):
     (('--nonsense',), 'unrecognized arguments: --nonsense'),
     (('--log-with', 'dvclive'), '--log-with dvclive: not installed'),
     (('--seeds', '1', '1'), '--seeds 1 1: each only once'),
-    (('--epochs', '0'), 'both must be at least 1'),
+    (('--epochs', '0'), 'all must be at least 1'),
 ])
 def test_bad_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit:

@@ -1,5 +1,6 @@
 """One training step against plain PyTorch; pools, captured steps and processes against learners alone."""
 
+import json
 import platform
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import timm_nonlocal  # noqa: F401
 from conftest import ROOT, run
-from timm_nonlocal.recipes import Recipe, recipe_id
+from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe, nearest, recipe_id
 from train.data import batch, epoch_plan
 from train.pool import WARM_UP, Pool
 from train.runs import Run, surroundings
@@ -236,3 +237,27 @@ def test_freed_memory_is_used_again():
                'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n')
     kept, fresh = (int(run('-c', text).stdout) for text in (program, program.replace('How().prepare', '(lambda _: 0)')))
     assert kept < fresh - 10 * 8192
+
+
+def test_fine_tuning_rises_and_falls_linearly():
+    """The highest rate is reached after the warm-up, the last step has the smallest one above zero."""
+    recipe, steps = FINE_TUNING, FINE_TUNING.epochs * 40
+    rates = [recipe.lr_at(step, 40) for step in range(steps)]
+    top = rates.index(max(rates))
+    assert (top, rates[top]) == (0.05 * steps, pytest.approx(0.05))
+    assert sorted(set(rates[:top + 1])) == rates[:top + 1]
+    falls = [a - b for a, b in zip(rates[top:-1], rates[top + 1:], strict=True)]
+    assert falls == pytest.approx([rates[-1]] * len(falls)) and rates[-1] == pytest.approx(0.05 / (0.95 * steps))
+
+
+@pytest.mark.parametrize('recipe', [PAPER, SHORT, FINE_TUNING, Recipe(lr=0.3, milestones=()),
+                                    Recipe(epochs=20, milestones=(), nesterov=True, anneal='linear', mean='colour')])
+def test_recipes_survive_json(recipe):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_what_older_lines_lack_is_the_papers():
+    old = {'epochs': 164, 'batch_size': 128, 'lr': 0.01, 'milestones': [81, 122], 'gamma': 0.1, 'momentum': 0.9,
+           'weight_decay': 1e-4}
+    assert Recipe.from_dict(old) == Recipe(lr=0.01) and recipe_id(Recipe.from_dict(old)) == 'paper lr=0.01'
+    assert nearest(Recipe(epochs=10, lr=0.05, weight_decay=5e-4, nesterov=True, anneal='linear')) == 'ft'
