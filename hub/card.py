@@ -6,6 +6,7 @@ from itertools import groupby
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
+from timm_nonlocal.recipes import Recipe, recipe_id
 from timm_nonlocal.spectrum import Spectrum
 
 from . import paper
@@ -48,15 +49,15 @@ def describe(architecture: str) -> str:
 
 def results_text(file: Shipped, runs: list[Run]) -> str:
     """This file's error beside our runs' and the paper's, then every run."""
-    theirs = paper.error(file.architecture, file.dataset)
-    found = counted(runs, file.architecture, file.dataset)
+    theirs, name = paper.error(file.architecture, file.dataset), file.recipe
+    found = counted(runs, file.architecture, file.dataset, name)
     ours = summary(found)
     median = ('' if not ours else ', the only run' if ours.n == 1 else
               ', a median run' if file.run in median_runs(found) else ', not a median run')
     interval = f'{ours.median:.2f} ({ours.lowest:.2f}–{ours.highest:.2f}, n = {ours.n})' if ours else 'none'
     lines = ['| | test error after the last epoch, % |', '| --- | --- |',
              f'| this file (seed {file.run["seed"]}{median}) | {file.run["final_error"]:.2f} |',
-             f'| our runs of the paper’s recipe, median (range, n) | {interval} |',
+             f'| our runs of the recipe `{name}`, median (range, n) | {interval} |',
              f'| the paper, median of {paper.RUNS} | {"not reported" if theirs is None else f"{theirs:.2f}"} |']
     if found:
         lines += ['', '| seed | last epoch, % | best epoch, % | sha256 of the weights |', '| --- | --- | --- | --- |',
@@ -67,15 +68,25 @@ def results_text(file: Shipped, runs: list[Run]) -> str:
     return '\n'.join(lines)
 
 
+def rates(recipe: Recipe) -> str:
+    """The learning rates in words."""
+    rise = f'growing to {recipe.lr} in the first {100 * recipe.warmup:g} % of the steps' if recipe.warmup else recipe.lr
+    falls = ('then falling linearly to 0' if recipe.anneal == 'linear' else
+             f'times {recipe.gamma} after epochs {", ".join(map(str, recipe.milestones))}')
+    return f'learning rate {rise}, {falls}' if recipe.warmup else f'learning rate {rise} {falls}'
+
+
 def training_text(run: Run) -> str:
     """How this file was trained, field by field."""
-    recipe, versions = run['recipe'], run.get('versions', {})
+    recipe, versions, start = Recipe.from_dict(run['recipe']), run.get('versions', {}), run.get('start')
     rows = [
-        ('data', f'{DATASETS[run["dataset"]][1]}, divided by 255, the training images’ mean image subtracted; '
+        ('data', f'{DATASETS[run["dataset"]][1]}, divided by 255, the training images’ mean {recipe.mean} subtracted; '
                  f'random crops of the image padded by 4, random flips'),
-        ('recipe', f'{recipe["epochs"]} epochs, batch {recipe["batch_size"]}, SGD with momentum {recipe["momentum"]}, '
-                   f'weight decay {recipe["weight_decay"]} on every parameter, learning rate {recipe["lr"]} times '
-                   f'{recipe["gamma"]} after epochs {", ".join(map(str, recipe["milestones"]))}'),
+        ('starts from', start and f'`{start["name"]}` (sha256 `{start["sha256"][:12]}`), the nonlocal modules as the '
+                                  f'identity'),
+        ('recipe', f'`{recipe_id(recipe)}`: {recipe.epochs} epochs, batch {recipe.batch_size}, SGD with '
+                   f'{"Nesterov " * recipe.nesterov}momentum {recipe.momentum}, weight decay {recipe.weight_decay} on '
+                   f'every parameter, {rates(recipe)}'),
         ('differs from the paper in', '; '.join(deviations(run)) or 'nothing that the paper states'),
         ('precision', {'no': 'float32', 'bf16': 'bfloat16 autocast, float32 weights'}.get(
             run.get('mixed_precision'), run.get('mixed_precision'))),
@@ -116,8 +127,14 @@ def published(text: str, namespace: str) -> str:
 def card(file: Shipped, runs: list[Run]) -> tuple[str, str]:
     """Front matter and text of a weight file's card."""
     unlike = deviations(file.run)
-    warning = [f'**Not the paper’s recipe: {"; ".join(unlike)}.** The error below says nothing of the paper’s.'
+    what = 'Fine-tuned, which is not' if file.recipe == 'ft' else 'Not'
+    warning = [f'**{what} the paper’s recipe: {"; ".join(unlike)}.** The error below says nothing of the paper’s.'
                ] if unlike else []
+    preprocessing = ('The network was trained on images minus the mean image; `transform` subtracts the mean colour, '
+                     'the nearest that timm’s data configuration can say. In a clone of the project '
+                     f'`python -m train.evaluate {file.name}` gives the test error under either.'
+                     if file.run['recipe'].get('mean', 'image') == 'image' else
+                     '`transform` is the preprocessing that the network was trained and tested with.')
     name, repo = file.name, f'{NAMESPACE}/{file.name}'
     model = timm.create_model(name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -133,9 +150,7 @@ def card(file: Shipped, runs: list[Run]) -> tuple[str, str]:
         f"model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()\n"
         f'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```',
         'The snippet that the Hub itself offers lacks that first import. The inference widget cannot serve an '
-        'architecture from outside timm. The networks were trained on images minus the mean image; `transform` '
-        'subtracts the mean colour, the nearest that timm’s data configuration can say. In a clone of the project '
-        f'`python -m train.evaluate {name}` gives the test error under either.',
+        f'architecture from outside timm. {preprocessing}',
         *([f'What its blocks have learned, read over range requests:\n\n'
            f'```sh\npython -m timm_nonlocal.inspect hf-hub:{repo}\n```'] if spectrum else []),
         '## Results', results_text(file, runs),

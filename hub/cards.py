@@ -1,4 +1,4 @@
-"""MODEL_CARD.md, a card for every weight file and calibration.md, made from results.jsonl and the weights.
+"""MODEL_CARD.md and a card for every weight file, made from results.jsonl and the weights.
 
     python -m hub.cards [--check]
 
@@ -12,9 +12,10 @@ import re
 import sys
 from pathlib import Path
 
-from . import calibration, claims, figures, paper
+from timm_nonlocal.recipes import RECIPES
+
+from . import claims, figures, paper
 from .card import card
-from .claims import MISSING
 from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, shipped, summary, write
 
 MODEL_CARD = HUB.parent / 'MODEL_CARD.md'
@@ -40,28 +41,38 @@ def weights_text(files: list[Shipped]) -> str:
           f'`{file.sha256[:12]}` |' for file in files)])
 
 
-def table_text(table: paper.Table, runs: list[Run], files: list[Shipped]) -> str:
-    """One of the paper's tables with our runs beside it."""
-    shipped_names = {file.name for file in files}
-    lines = [f'### {table.title}', '',
-             f'| network | paper, median of {paper.RUNS} | ours, median | n | range | weights |',
-             '| --- | --- | --- | --- | --- | --- |']
+def table_text(table: paper.Table, runs: list[Run], files: list[Shipped], recipe: str = 'paper') -> str:
+    """One of the paper's tables with what our runs of a recipe have of it."""
+    lines, missing = [], 0
     for row in table.rows:
-        ours = summary(counted(runs, row.architecture, table.dataset))
-        cells = [f'{ours.median:.2f}', f'{ours.n}', f'{ours.lowest:.2f}–{ours.highest:.2f}'] if ours else [MISSING] * 3
-        name = f'{row.architecture}.{table.dataset}'
+        found = counted(runs, row.architecture, table.dataset, recipe)
+        if not (ours := summary(found)):
+            missing += 1
+            continue
+        lost = sum(run.get('diverged_epoch') is not None for run in found)
+        cells = [f'{ours.median:.2f}', f'{ours.n}' + f', {lost} diverged' * bool(lost),
+                 f'{ours.lowest:.2f}–{ours.highest:.2f}']
+        weights = [f'`{file.name}`' for file in files if file.run in found]
         lines.append(f'| {row.label} | {"not reported" if row.error is None else f"{row.error:.2f}"} | '
-                     f'{" | ".join(cells)} | {f"`{name}`" if name in shipped_names else MISSING} |')
-    return '\n'.join(lines)
+                     f'{" | ".join(cells)} | {", ".join(weights) or "none"} |')
+    head = [f'### {table.title}, recipe {recipe}', '']
+    if lines:
+        head += [f'| network | paper, median of {paper.RUNS} | ours, median | n | range | weights |',
+                 '| --- | --- | --- | --- | --- | --- |', *lines, '']
+    waiting = f'{missing} of {len(table.rows)} rows wait for runs.' if missing else 'All rows are there.'
+    return '\n'.join([*head, waiting])
 
 
 def tables_text(runs: list[Run], files: list[Shipped]) -> str:
-    """Both tables, with what is counted in them."""
-    others = sum(bool(deviations(run)) for run in runs)
+    """Both tables for every recipe, with what is counted in them."""
+    others = sum(all(deviations(run, recipe) for recipe in RECIPES) for run in runs)
     return '\n\n'.join([
-        'Test errors in per cent after the last epoch; n is the number of runs that followed the paper’s recipe. Runs '
-        f'in `hub/results.jsonl` that did not, and are not counted: {others}.',
-        *(table_text(table, runs, files) for table in paper.TABLES)])
+        'Test errors in per cent after the last epoch; n is the number of runs that followed the recipe: the paper’s; '
+        '`ft`, which inserts the nonlocal modules as the identity into the trained backbone and anneals both, its '
+        'baseline the backbone annealed in the same way; `short`, the paper’s in a tenth of its length. Runs in '
+        f'`hub/results.jsonl` that followed none of them, and are not counted: {others}.',
+        *(table_text(table, runs, files, recipe) for recipe in ('paper', 'ft') for table in paper.TABLES),
+        table_text(paper.TABLES[0], runs, files, 'short')])
 
 
 def figures_text(drawn: dict[int, list[figures.Drawn]]) -> str:
@@ -108,8 +119,7 @@ def make(folder: Path = HUB.parent) -> tuple[dict[Path, str], list[str]]:
     runs = load()
     files = shipped(runs)
     drawn = figures.collect(runs, files)
-    cards = {MODEL_CARD: model_card(MODEL_CARD.read_text(), runs, files, drawn),
-             calibration.PAGE: calibration.text(runs)}
+    cards = {MODEL_CARD: model_card(MODEL_CARD.read_text(), runs, files, drawn)}
     cards |= {path_of(file): current(file, runs) for file in files}
     problems = [f'{path.relative_to(folder)} has no weights: delete it'
                 for path in sorted(CARDS.glob('*.md')) if path not in cards]

@@ -57,9 +57,10 @@ def shift(first: Sequence[float], second: Sequence[float], level: float = LEVEL)
     return Shift(median(differences), differences[outside], differences[-1 - outside], coverage)
 
 
-def compare(better: paper.Row, worse: paper.Row, dataset: str, runs: list[Run]) -> str:
+def compare(better: paper.Row, worse: paper.Row, dataset: str, runs: list[Run], recipe: str = 'paper') -> str:
     """A line about the claim that one network has a lower error than another."""
-    ours = [[run['final_error'] for run in counted(runs, row.architecture, dataset)] for row in (worse, better)]
+    ours = [[run['final_error'] for run in counted(runs, row.architecture, dataset, recipe)]
+            for row in (worse, better)]
     line = f'| {better.label} < {worse.label} | {better.error - worse.error:+.2f} |'
     if not all(ours):
         return f'{line} {MISSING} | {MISSING} | {MISSING} | not judged |'
@@ -71,11 +72,10 @@ def compare(better: paper.Row, worse: paper.Row, dataset: str, runs: list[Run]) 
     return f'{line} {found.estimate:+.2f} | {ends} | {len(ours[1])}, {len(ours[0])} | {verdict} |'
 
 
-def signs(panel: paper.Panel, runs: list[Run]) -> str:
+def signs(panel: paper.Panel, runs: list[Run], recipe: str = 'paper') -> str:
     """A line about the claim that most of the top eigenvalues of every block have one sign."""
     (architecture,) = panel.architectures
-    epoch = paper.recipe(architecture)['epochs']
-    tops = [kept(run, epoch) for run in counted(runs, architecture, paper.FIGURE_DATASET)]
+    tops = [kept(run, run['recipe']['epochs']) for run in counted(runs, architecture, paper.FIGURE_DATASET, recipe)]
     found = [figures.signs(panel.claim, blocks) for blocks in tops if blocks]
     line = f'| {architecture}: {panel.claim} |'
     if not found:
@@ -87,8 +87,14 @@ def signs(panel: paper.Panel, runs: list[Run]) -> str:
     return f'{line} {"; ".join(each)} | {expected:.1f} ± {spread:.1f} | {holding} of {len(found)} | {verdict} |'
 
 
+def measured(lines: list[str], what: str) -> list[str]:
+    """The rows that have figures of ours, and how many have none."""
+    found = [line for line in lines if MISSING not in line]
+    return [*found, *([f'\n{len(lines) - len(found)} more {what} wait for runs.'] if len(found) < len(lines) else [])]
+
+
 def text(runs: list[Run]) -> str:
-    """The conclusions, in Markdown."""
+    """The conclusions, in Markdown, of every recipe apart."""
     claims = list(paper.claims())
     spans = [max(errors) - min(errors) for table in paper.TABLES if (errors := [
         row.error for row in table.rows if row.architecture.endswith(paper.UNRANKED)])]
@@ -100,17 +106,20 @@ def text(runs: list[Run]) -> str:
         'chance. '
         f'{paper.RUNS} runs each cannot rank the proposed k = 4, 5 and 6, whose medians in the paper are within '
         f'{" and ".join(f"{span:.2f}" for span in spans)} points of each other in the two tables.']
-    for table in paper.TABLES:
-        parts.append('\n'.join([
-            f'### {table.title}: differences', '', '| lower error | paper | ours | interval | n | claim |',
-            '| --- | --- | --- | --- | --- | --- |',
-            *(compare(better, worse, table.dataset, runs) for where, better, worse in claims if where is table)]))
-    parts.append('\n'.join([
-        '### Signs of the spectra', '',
+    for recipe in ('paper', 'ft'):
+        for table in paper.TABLES:
+            parts.append('\n'.join([
+                f'### {table.title}, recipe {recipe}: differences', '',
+                '| lower error | paper | ours | interval | n | claim |', '| --- | --- | --- | --- | --- | --- |',
+                *measured([compare(better, worse, table.dataset, runs, recipe)
+                           for where, better, worse in claims if where is table], 'comparisons')]))
+    parts += ['\n'.join([
+        f'### Signs of the spectra, recipe {recipe}', '',
         f'Of the {TOP} eigenvalues of largest magnitude after training, how many have the sign the paper reports for '
         'most of them: median over our runs and range, block by block. The claim holds for a run where every block is '
         f'more than {figures.SIGMAS} standard deviations from what random weights show.', '',
         '| network and sign | ours | by chance | runs where it holds | claim |', '| --- | --- | --- | --- | --- |',
-        *(signs(panel, runs) for figure in paper.FIGURES for panel in figure.panels
-          if panel.claim in ('negative', 'positive') and panel.epoch is None)]))
+        *measured([signs(panel, runs, recipe) for figure in paper.FIGURES for panel in figure.panels
+                   if panel.claim in ('negative', 'positive') and panel.epoch is None], 'networks')])
+        for recipe in ('paper', 'short')]
     return '\n\n'.join(parts)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from timm_nonlocal.null import null_negative
+from timm_nonlocal.recipes import PAPER
 
 from . import paper
-from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, median_runs, shipped
+from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, median_runs, recipe_name, shipped
 from .spectra import kept, of_weights
 
 FOLDER = HUB / 'figures'
@@ -46,12 +47,14 @@ class Source(NamedTuple):
 
 
 def source(architecture: str, runs: list[Run], files: list[Shipped]) -> Source:
-    """The shipped weights with their run; without them a run with the median error."""
+    """What the paper's recipe gave, else its tenth: the shipped weights with their run, without them a median run."""
     for file in files:
-        if (file.architecture, file.dataset) == (architecture, paper.FIGURE_DATASET):
+        if (file.architecture, file.dataset) == (architecture, paper.FIGURE_DATASET) and file.recipe != 'ft':
             return Source(file, file.run)
-    middle = median_runs(counted(runs, architecture, paper.FIGURE_DATASET))
-    return Source(None, middle[0] if middle else None)
+    for recipe in ('paper', 'short'):
+        if middle := median_runs(counted(runs, architecture, paper.FIGURE_DATASET, recipe)):
+            return Source(None, middle[0])
+    return Source(None, None)
 
 
 def _spectrum(panel: paper.Panel, found: Source) -> Drawn:
@@ -59,7 +62,8 @@ def _spectrum(panel: paper.Panel, found: Source) -> Drawn:
     if panel.epoch is None and found.weights:
         tops = [block.top for block in of_weights(found.weights.path)]
     else:
-        epoch = panel.epoch or paper.recipe(panel.architectures[0])['epochs']
+        epochs = run['recipe']['epochs'] if run else PAPER.epochs
+        epoch = round((panel.epoch or PAPER.epochs) * epochs / PAPER.epochs)
         tops = kept(run, epoch) if run else []
         if not tops:
             wanted = 'weights' if panel.epoch is None else f'the spectrum after epoch {epoch}'
@@ -112,9 +116,12 @@ def _curves(panel: paper.Panel, found: dict[str, Source]) -> Drawn:
 
 
 def _unlike(runs: list[Run]) -> str:
-    """A warning where runs did not follow the paper's recipe."""
-    found = sorted({f'{run["architecture"]}: {what}' for run in runs for what in deviations(run)})
-    return f' (not the paper’s recipe: {"; ".join(found)})' if found else ''
+    """A warning where runs did not follow the paper's recipe, or another one of ours."""
+    names = sorted({recipe_name(run) for run in runs})
+    found = sorted({f'{run["architecture"]}: {what}' for run in runs for what in deviations(run, recipe_name(run))})
+    said = [f'recipe {" and ".join(names)}'] if names != ['paper'] else []
+    said += [f'not that recipe: {"; ".join(found)}'] if found else []
+    return f' ({"; ".join(said)})' if said else ''
 
 
 def _agrees(holds: bool) -> str:

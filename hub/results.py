@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import timm_nonlocal
-
-from . import paper
+from timm_nonlocal.pretrained import TAGS
+from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe, nearest
 
 HUB = Path(__file__).parent
 RESULTS = HUB / 'results.jsonl'
@@ -38,25 +39,57 @@ def load(path: Path = RESULTS) -> list[Run]:
     return runs
 
 
-def deviations(run: Run) -> list[str]:
-    """How a run's recipe differs from the paper's, in words; empty where it counts for the tables."""
-    recipe = paper.recipe(run['architecture'])
-    found = [f'{key.replace("_", " ")} {run["recipe"].get(key)} in place of {value}'
-             for key, value in recipe.items() if run['recipe'].get(key) != value]
+def recipe_name(run: Run) -> str:
+    """The recipe in `timm_nonlocal.recipes.RECIPES` that a run followed, or came nearest to."""
+    return nearest(Recipe.from_dict(run['recipe']))
+
+
+def recipe_for(architecture: str, name: str) -> Recipe:
+    """A recipe as a network is trained with it: four original blocks from scratch take a tenth of the learning rate."""
+    recipe = {'paper': PAPER, 'short': SHORT, 'ft': FINE_TUNING}[name]
+    tenth = name != 'ft' and architecture.endswith('original_k4')
+    return replace(recipe, lr=recipe.lr / 10) if tenth else recipe
+
+
+def deviations(run: Run, name: str = 'paper') -> list[str]:
+    """How a run's recipe differs from one of ours, in words; empty where it counts for that recipe's tables."""
+    changes = Recipe.from_dict(run['recipe']).changes(recipe := recipe_for(run['architecture'], name))
+    found = [f'{key.replace("_", " ")} {value} in place of {recipe.to_dict()[key]}' for key, value in changes.items()]
     if run.get('limit'):
         found.append(f'the first {run["limit"]} images only')
+    if run.get('processes', 1) > 1:
+        found.append(f'{run["processes"]} processes with batch statistics of their own')
+    if name == 'ft' and not run.get('start'):
+        found.append('from scratch')
     if run.get('model_kwargs'):
         found.append(f'model arguments {" ".join(run["model_kwargs"])}')
     return found
 
 
-def counted(runs: list[Run], architecture: str, dataset: str) -> list[Run]:
-    """The runs of a network that followed the paper's recipe, by seed; those that diverged are among them.
+def tag(run: Run) -> str | None:
+    """The tag that a run's weights can have; None where they followed none of the recipes that ship."""
+    return next((tag for tag, means in TAGS.items()
+                 if means.dataset == run['dataset'] and not deviations(run, means.recipe)), None)
+
+
+def to_ship(runs: list[Run]) -> dict[str, Run]:
+    """Whose weights ship, by their names: of the runs of a name that did not diverge the one with the median error, the
+    lower of two."""
+    of_name: dict[str, list[Run]] = {}
+    for run in runs:
+        if (found := tag(run)) and run.get('diverged_epoch') is None:
+            of_name.setdefault(f'{run["architecture"]}.{found}', []).append(run)
+    return {name: min(median_runs(found), key=lambda run: (run['final_error'], run['seed']))
+            for name, found in of_name.items()}
+
+
+def counted(runs: list[Run], architecture: str, dataset: str, name: str = 'paper') -> list[Run]:
+    """The runs of a network that followed a recipe, by seed; those that diverged are among them.
 
     Raises PublishError where the same run is there twice: it would count as two.
     """
     found = sorted((run for run in runs if (run['architecture'], run['dataset']) == (architecture, dataset)
-                    and not deviations(run)), key=lambda run: run['seed'])
+                    and not deviations(run, name)), key=lambda run: run['seed'])
     same = Counter((run['seed'], run.get('mixed_precision')) for run in found)
     for (seed, _), count in same.items():
         if count > 1:
@@ -112,6 +145,10 @@ class Shipped(NamedTuple):
     def dataset(self) -> str:
         return self.run['dataset']
 
+    @property
+    def recipe(self) -> str:
+        return recipe_name(self.run)
+
 
 def shipped(runs: list[Run], folder: Path = WEIGHTS) -> list[Shipped]:
     """Every weight file of a folder with its run, which its sha256 finds.
@@ -125,8 +162,7 @@ def shipped(runs: list[Run], folder: Path = WEIGHTS) -> list[Shipped]:
         run = by_sha256.get(digest)
         if run is None:
             raise PublishError(f'{path.name}: no line of results.jsonl has its sha256 {digest}')
-        if name != f'{run["architecture"]}.{run["dataset"]}':
-            raise PublishError(f'{path.name}: results.jsonl says that these weights are {run["architecture"]}.'
-                           f'{run["dataset"]}')
+        if name != (made := f'{run["architecture"]}.{tag(run) or run["dataset"]}'):
+            raise PublishError(f'{path.name}: results.jsonl says that these weights are {made}')
         found.append(Shipped(name, path, digest, run))
     return found

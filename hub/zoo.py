@@ -21,9 +21,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_nonlocal.preresnet import ARCHITECTURES
-from timm_nonlocal.pretrained import DATASETS
+from timm_nonlocal.pretrained import DATASETS, TAGS
+from timm_nonlocal.recipes import RECIPES, Recipe
 
-from .results import PublishError, load, shipped, write
+from .results import PublishError, load, recipe_name, shipped, write
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, RESULTS, README = (
@@ -51,9 +52,15 @@ def command(run: dict[str, Any]) -> str:
     def words(value: Any) -> list[str]:
         return [shlex.quote(str(word)) for word in (value if isinstance(value, list) else [value])]
 
-    options = {'model': run['architecture'], 'dataset': run['dataset'], 'seed': run['seed'], **run['recipe'],
-               **{name: run[name] for name in ('model_kwargs', 'limit') if run.get(name)}}
-    given = [word for name, value in options.items() for word in (f'--{name.replace("_", "-")}', *words(value))]
+    recipe, name = Recipe.from_dict(run['recipe']), recipe_name(run)
+    options = {'model': run['architecture'], 'dataset': run['dataset'], 'seed': run['seed'], 'recipe': name,
+               **recipe.changes(RECIPES[name]), **({'start': run['start']['name']} if run.get('start') else {}),
+               **{key: run[key] for key in ('model_kwargs', 'limit') if run.get(key)},
+               **({'test_every': run['test_every']} if run.get('test_every', 1) > 1 else {})}
+    given = []
+    for key, value in options.items():
+        flag = key.replace('_', '-')
+        given += [f'--{"" if value else "no-"}{flag}'] if isinstance(value, bool) else [f'--{flag}', *words(value)]
     return ' '.join(['accelerate launch --mixed_precision', run.get('mixed_precision', 'no'), 'train/cifar.py', *given])
 
 
@@ -83,9 +90,11 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
     for name in [*ARCHITECTURES, *timm.list_models(module='resnet_nl')]:
         model = create(name)
         row = [f'`{name}`', f'{parameters(model):,}', f'{macs(model) / 1e6:,.1f} M']
-        for tag in DATASETS:
-            error = entries.get(f'{name}.{tag}', {}).get('test_error')
-            row.append(f'{error:.2f} %' if error is not None else 'no weights' if name in ARCHITECTURES else '—')
+        for dataset in DATASETS:
+            found = [f'{error:.2f} %' + f' ({means.recipe})' * (means.recipe != 'paper') for tag, means in TAGS.items()
+                     if means.dataset == dataset
+                     and (error := entries.get(f'{name}.{tag}', {}).get('test_error')) is not None]
+            row.append(', '.join(found) or ('no weights' if name in ARCHITECTURES else '—'))
         rows.append(row)
     return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 

@@ -1,4 +1,4 @@
-"""What the tags stand for: the data set a network was trained on, and where its weights are.
+"""What the tags stand for: the data set and the recipe that a network was trained with, and where its weights are.
 
 Weights are looked for in the package, `weights/<architecture>.<tag>.safetensors`, then on the Hub, under the id that
 `weights/index.json` gives. A tag with neither promises nothing: `timm.list_pretrained` does not list it.
@@ -36,6 +36,16 @@ DATASETS = {
 }
 
 
+@dataclass(frozen=True)
+class Tag:
+    dataset: str  # a key of DATASETS
+    recipe: str  # a key of timm_nonlocal.recipes.RECIPES
+
+
+TAGS = {**{dataset: Tag(dataset, 'paper') for dataset in DATASETS},
+        **{f'ft_{dataset}': Tag(dataset, 'ft') for dataset in DATASETS}}  # in the order of preference
+
+
 def _index() -> dict[str, dict[str, Any]]:
     """What is known of each weight file by its name, `<architecture>.<tag>`; see `python -m hub.zoo`."""
     path = WEIGHTS / 'index.json'
@@ -46,7 +56,7 @@ INDEX = _index()
 
 
 def _cfg(architecture: str, tag: str) -> dict[str, Any]:
-    data, file = DATASETS[tag], WEIGHTS / f'{architecture}.{tag}.safetensors'
+    data, file = DATASETS[TAGS[tag].dataset], WEIGHTS / f'{architecture}.{tag}.safetensors'
     return dict(
         file=str(file) if file.is_file() else None,
         hf_hub_id=INDEX.get(f'{architecture}.{tag}', {}).get('hf_hub_id'),
@@ -58,12 +68,18 @@ def _cfg(architecture: str, tag: str) -> dict[str, Any]:
 
 
 def default_cfgs(architectures: dict[str, str]) -> dict:
-    """timm's cfgs for every architecture and data set; architectures maps each name to the tag that it has unasked."""
+    """timm's cfgs for every architecture and tag; architectures maps each name to the data set that it has unasked.
+
+    The default is that data set's first tag with weights, and the first of all where none has any.
+    """
     cfgs = {}
-    for name, default in architectures.items():
+    for name, dataset in architectures.items():
+        own = {tag: _cfg(name, tag) for tag in TAGS}
+        wanted = [tag for tag in TAGS if TAGS[tag].dataset == dataset]
+        default = next((tag for tag in wanted if own[tag]['file'] or own[tag]['hf_hub_id']), wanted[0])
         # '*' marks the default, which keeps its place only if it comes after a tag that has weights
-        for tag in sorted(DATASETS, key=lambda tag, default=default: tag == default):
-            cfgs[f'{name}.{tag}{"*" if tag == default else ""}'] = _cfg(name, tag)
+        for tag in sorted(TAGS, key=lambda tag, default=default: tag == default):
+            cfgs[f'{name}.{tag}{"*" if tag == default else ""}'] = own[tag]
     return generate_default_cfgs(cfgs)
 
 

@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
 from .preresnet import ARCHITECTURES, SMALLEST
-from .pretrained import DATASETS, INDEX
+from .pretrained import DATASETS, INDEX, TAGS
 
 
 class PreResNetWeights(WeightsEnum):
@@ -32,7 +32,7 @@ class PreResNetWeights(WeightsEnum):
 
 def _weights(name: str, cfg: PretrainedCfg) -> Weights:
     """What torchvision wants to know of the weights `<architecture>.<tag>`."""
-    known, data = INDEX.get(name, {}), DATASETS[cfg.tag]
+    known, data = INDEX.get(name, {}), DATASETS[TAGS[cfg.tag].dataset]
     meta = {'timm_name': name, 'architecture': 'PreResNet', 'categories': list(data.labels),
             'min_size': (SMALLEST, SMALLEST)}
     if 'recipe' in known:  # else only where the weights are is known
@@ -50,7 +50,7 @@ def _weights_enum(architecture: str) -> type[WeightsEnum]:
     """The enum of an architecture: a member for each tag with weights, and DEFAULT where the default tag has some."""
     title = '_'.join({'nl': 'NL'}.get(word, word.capitalize()) for word in architecture.split('_'))
     members = {}
-    for tag in DATASETS:
+    for tag in TAGS:
         cfg = get_pretrained_cfg(f'{architecture}.{tag}')
         if cfg.has_weights:
             members[tag.upper()] = _weights(f'{architecture}.{tag}', cfg)

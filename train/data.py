@@ -89,8 +89,8 @@ def load(name: str, data_dir: str, download: bool = False, limit: int = 0,
     pixels, labels = zip(*(
         (torch.from_numpy(split.data)[:limit or None], torch.tensor(split.targets)[:limit or None])
         for split in splits), strict=True)
-    mean = frame(pixels[0].double().mean(dim=0).div(255).float())
-    train, test = (Images(frame(p), y, mean, len(splits[0].classes)) for p, y in zip(pixels, labels, strict=True))
+    image = frame(pixels[0].double().mean(dim=0).div(255).float())
+    train, test = (Images(frame(p), y, image, len(splits[0].classes)) for p, y in zip(pixels, labels, strict=True))
     if mean == 'colour':
         train, test = (mean_colour(images, FACTS[name].mean) for images in (train, test))
     return train, test

@@ -1,24 +1,24 @@
-"""Brings a campaign home: its lines into hub/results.jsonl, the weights to ship into the package.
+"""Brings finished runs home: their lines into hub/results.jsonl, weights into the package, then cards and figures.
 
     python -m train.land DIR…
 
-Of every row of the paper's tables and figures, and of the registered rest, the weights of the run with the median final
-error are shipped: of the lower one of the two in the middle where the number of runs is even. Weights of runs that
-diverged are not. Run it after every stretch: what has landed stays, and what is in no DIR is said.
+A DIR is a run's folder or one that holds such folders; runs that are not finished wait. `hub.results.to_ship` says
+whose weights ship. Runs that used a part of the images, and those of code that is not in the history, do not land.
+What has landed stays.
 
-Exit codes: 0 done; 2 a DIR or a file in it is off.
+Exit codes: 0 done; 2 a DIR or a file in it is off, and nothing was changed.
 """
 
 import argparse
-import hashlib
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as to_bytes
-
-from train import paper
-from train.pack import Pack
+from hub.results import sha256 as sha256_of_file
+from hub.results import to_ship
+from train import run_dir
 from train.run_dir import read_results, write_lines
 from train.runs import ROOT, Run
 from train.state import RunError, write
@@ -27,61 +27,97 @@ from train.state import RunError, write
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python -m train.land', description=__doc__.split('\n\n')[0], allow_abbrev=False)
-    parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of campaigns')
+    parser.add_argument('folders', nargs='+', metavar='DIR', help='folders of runs, or folders that hold them')
     parser.add_argument('--results', default=str(ROOT / 'hub' / 'results.jsonl'), metavar='FILE')
     parser.add_argument('--weights', default=str(ROOT / 'timm_nonlocal' / 'weights'), metavar='FOLDER')
     return parser.parse_args(argv)
 
 
-def shipped(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The line whose weights are shipped, by the name of the weights, `<architecture>.<dataset>`."""
-    recipes = {(row.run.architecture, row.run.dataset): row.run.recipe for row in paper.rows((1, 2))}
-    of_name: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        run = Run.from_dict(record)
-        asked_for = recipes.get((run.architecture, run.dataset)) == run.recipe and not (run.model_kwargs or run.limit)
-        if asked_for and record['diverged_epoch'] is None:
-            of_name.setdefault(f'{run.architecture}.{run.dataset}', []).append(record)
-    return {name: sorted(runs, key=lambda run: (run['final_error'], run['seed']))[(len(runs) - 1) // 2]
-            for name, runs in of_name.items()}
+def finished(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Every finished run below the folders with its line.
+
+    Raises:
+        RunError: there is none in one of them, or one cannot land.
+    """
+    found = []
+    for folder in folders:
+        runs = [path.parent for path in sorted(folder.rglob(run_dir.RESULTS))]
+        if not runs:
+            raise RunError(f'{folder} holds no finished run, which has a {run_dir.RESULTS}')
+        for run in runs:
+            for record in read_results(run / run_dir.RESULTS):
+                check(run, record)
+                found.append((run, record))
+    return found
+
+
+def check(folder: Path, record: dict[str, Any]) -> None:
+    """Raises RunError for a run that cannot land."""
+    if record.get('limit'):
+        raise RunError(f'{folder} was trained on the first {record["limit"]} images only: it does not land')
+    commit = record.get('commit') or ''
+    if commit.endswith('-dirty') or (commit and not in_history(commit)):
+        raise RunError(f'{folder} was made by {commit}, which is not in the history: run it from committed code')
+    model = folder / run_dir.MODEL
+    if not model.is_file() or sha256_of_file(model) != record['sha256']:
+        raise RunError(f'{model} is missing, or not what {run_dir.RESULTS} says: its sha256 is to be '
+                       f'{record["sha256"][:12]}…')
+
+
+def in_history(commit: str) -> bool:
+    """Whether a commit is among those of this repository's HEAD; true where there is no repository to ask."""
+    try:
+        result = subprocess.run(['git', 'merge-base', '--is-ancestor', commit, 'HEAD'], cwd=ROOT, capture_output=True)
+        known = subprocess.run(['git', 'rev-parse', '--git-dir'], cwd=ROOT, capture_output=True).returncode == 0
+    except OSError:  # no git
+        return True
+    return result.returncode == 0 or not known
 
 
 def land(folders: list[Path], results: Path, weights: Path) -> list[str]:
     """Adds what is new; gives a line about everything that was done or could not be.
 
     Raises:
-        RunError: a folder has no results, or a file does not hold what its line says.
+        RunError: a folder has no results, or a run cannot land.
     """
-    published, said = read_results(results), []
+    published, runs, said = read_results(results), finished(folders), []
     known = {Run.from_dict(record).key for record in published}
-    packs = [Pack(folder) for folder in folders]
-    for pack in packs:
-        if not pack.results:
-            raise RunError(f'{pack.folder} holds no finished runs')
-        for record in pack.results:
-            if Run.from_dict(record).key not in known:
-                known.add(Run.from_dict(record).key)
-                published.append({key: value for key, value in record.items() if key != 'weights'})
-                said.append(f'{Run.from_dict(record).name}: final error {record["final_error"]:.2f} %')
+    for _, record in runs:
+        run = Run.from_dict(record)
+        if run.key not in known:
+            known.add(run.key)
+            published.append(record)
+            ending = f', diverged in epoch {record["diverged_epoch"]}' if record['diverged_epoch'] else ''
+            said.append(f'{run.name}: final error {record["final_error"]:.2f} %{ending}')
     write_lines(results, published)
-    for name, record in shipped(published).items():
-        path, run = weights / f'{name}.safetensors', Run.from_dict(record)
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == record['sha256']:
+    for name, record in to_ship(published).items():
+        path = weights / f'{name}.safetensors'
+        if path.is_file() and sha256_of_file(path) == record['sha256']:
             continue
-        found = [tensors for pack in packs for line in pack.results
-                 if line['sha256'] == record['sha256'] and (tensors := pack.weights(line)) is not None]
-        if found:
-            write(path, lambda beside, tensors=found[0]: beside.write_bytes(to_bytes(tensors)))
-            said.append(f'{path.name}: the weights of {run.name}')
+        folder = next((folder for folder, line in runs if line['sha256'] == record['sha256']), None)
+        if folder:
+            write(path, lambda beside, folder=folder: shutil.copyfile(folder / run_dir.MODEL, beside))
+            said.append(f'{path.name}: the weights of {folder.name}')
         else:
-            said.append(f'{path.name}: the weights of {run.name} are in none of these folders')
+            said.append(f'{path.name}: its weights are in none of these folders')
     return said
+
+
+def make_pages() -> None:
+    """README's table, the index, figures and cards, in processes that see the new files."""
+    for page in ('hub.zoo', 'hub.figures', 'hub.cards'):
+        result = subprocess.run([sys.executable, '-m', page], cwd=ROOT, capture_output=True, text=True)
+        if result.returncode == 2:
+            raise RunError(f'python -m {page}: {result.stderr.strip().splitlines()[-1]}')
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        print('\n'.join(land([Path(folder) for folder in args.folders], Path(args.results), Path(args.weights))))
+        print('\n'.join(land([Path(folder) for folder in args.folders], Path(args.results), Path(args.weights))
+                        or ['nothing new']))
+        if Path(args.results) == ROOT / 'hub' / 'results.jsonl':
+            make_pages()
     except RunError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
