@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from timm_nonlocal.recipes import Recipe
-from train import campaign, cifar
+from train import cifar
 from train.data import whole_plan
 from train.evaluate import ROUNDING, evaluate
 from train.loop import How
-from train.pack import Pack
 from train.pool import Pool
 from train.runs import Run
 from train.step import Learner, autocast, compiled_loss, count_wrong, logits_of, loss_of
@@ -146,15 +145,16 @@ def test_cut_and_resumed_gives_the_same_bits(small_cifar_here, tmp_path, more):
         assert torch.cuda.get_device_name() == result(folders[0] / seed)['device']
 
 
-def test_bf16_trains_as_float32_does(small_cifar_here, tmp_path):
+def test_bf16_trains_as_float32_does(small_cifar_here, tmp_path, monkeypatch):
     """The training loss of two epochs agrees to a few per cent."""
     losses = []
     for precision in ('no', 'bf16'):
-        assert campaign.main([
-            '--output-dir', str(tmp_path / precision), '--data-dir', str(small_cifar_here), '--results', 'none',
-            '--epochs', '2', '--batch-size', '32', '--mixed-precision', precision, '--seeds', '1', '--at-once', '2',
-            '--only', 'preresnet20.*', 'preresnet20_nl_proposed_k5.*']) == 0
-        losses.append([record['train_loss'][-1] for record in Pack(tmp_path / precision).results])
+        monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', precision)
+        folders = [tmp_path / precision / name for name in ('preresnet20', 'preresnet20_nl_proposed_k5')]
+        for folder in folders:
+            assert cifar.main(['--model', folder.name, '--output-dir', str(folder), '--data-dir', str(small_cifar_here),
+                               '--epochs', '2', '--batch-size', '32']) == 0
+        losses.append([result(folder)['train_loss'][-1] for folder in folders])
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 

@@ -85,16 +85,21 @@ def recorded(target: str, model: nn.Module, published: list[dict[str, Any]]) -> 
     return next((line for line in [*own, *published] if line.get('sha256') == digest), None)
 
 
-def evaluate(model: nn.Module, images: Images) -> dict[str, Any]:
-    """Wrong images, ties among them and error in %, and the error under timm's preprocessing, on the images' device."""
-    colour = model.pretrained_cfg['mean']
+def evaluate(model: nn.Module, images: Images, mean: str = 'image') -> dict[str, Any]:
+    """Wrong images, ties among them and error in %, and the error under timm's preprocessing, on the images' device.
+
+    Args:
+        mean: what the network was trained without, see `Recipe.mean`.
+    """
+    timm_images = mean_colour(images, model.pretrained_cfg['mean'])
+    images = timm_images if mean == 'colour' else images
     model.to(images.labels.device, memory_format=torch.channels_last)
     columns = whole_plan(len(images)).to(images.labels.device)
     logits = logits_of(model, images, columns)
     highest = logits.topk(2, dim=1).values
     ties = highest[:, 0] - highest[:, 1] <= ROUNDING * logits.abs().amax(dim=1)
     wrong, wrong_timm = (int((found.argmax(dim=1) != images.labels).sum())
-                         for found in (logits, logits_of(model, mean_colour(images, colour), columns)))
+                         for found in (logits, logits_of(model, timm_images, columns)))
     return {'images': len(images), 'wrong': wrong, 'ties': int(ties.sum()), 'error': 100 * wrong / len(images),
             'error_timm': 100 * wrong_timm / len(images)}
 
@@ -116,7 +121,8 @@ def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
         if dataset not in data:
             data[dataset] = load(dataset, args.data_dir, limit=args.limit)[1].to(device)
         line = recorded(target, model, published)
-        row = {'target': target, 'dataset': dataset, **evaluate(model, data[dataset])}
+        mean = line['recipe'].get('mean', 'image') if line else 'image'
+        row = {'target': target, 'dataset': dataset, **evaluate(model, data[dataset], mean)}
         if line and line.get('images', [0, 0])[1] == row['images']:
             equal = abs(row['wrong'] - line['final_wrong']) <= row['ties']
             row |= {'recorded_wrong': line['final_wrong'], 'equal': equal}
