@@ -12,6 +12,7 @@ import timm_nonlocal  # noqa: F401
 from conftest import ROOT
 from hub import cards, paper, results
 from hub.results import PublishError
+from timm_nonlocal.recipes import FINE_TUNING, SHORT
 from zoo import Zoo, made_up
 
 
@@ -47,6 +48,27 @@ def test_only_the_papers_recipe_counts():
     assert results.counted(twice, 'preresnet20', 'cifar10') == twice
 
 
+def test_tags_are_given_by_recipe():
+    tuned = made_up(recipe=FINE_TUNING.to_dict(), start={'name': 'preresnet20.cifar10', 'sha256': '0'})
+    for run, tag in ((made_up(), 'cifar10'), (made_up('preresnet56', 'cifar100'), 'cifar100'), (tuned, 'ft_cifar10'),
+                     ({**tuned, 'start': None}, None), (made_up(limit=10), None), ({**tuned, 'limit': 10}, None),
+                     (made_up(recipe=SHORT.to_dict()), None), (made_up(model_kwargs=['depth=29']), None),
+                     (made_up(processes=2), None), (made_up(recipe={**paper.recipe('preresnet20'), 'lr': 0.01}), None),
+                     (made_up('preresnet20_nl_original_k4'), 'cifar10')):
+        assert results.tag(run) == tag, run
+    assert results.counted([made_up(), tuned], 'preresnet20', 'cifar10', 'ft') == [tuned]
+
+
+def test_the_median_ships_and_what_diverged_does_not():
+    runs = [made_up(seed=seed, error=error) for seed, error in enumerate((8.3, 8.1, 8.2, 8.0))]
+    lost = made_up(seed=5, error=90.0, diverged_epoch=3)
+    assert results.to_ship([*runs, lost]) == {'preresnet20.cifar10': runs[1]}, 'the lower of two in the middle'
+    assert results.to_ship([lost]) == {}
+    text = cards.table_text(paper.TABLES[0], [*runs[:2], lost], [])
+    assert '| baseline | 8.19 | 8.30 | 3, 1 diverged | 8.10–90.00 | none |' in text
+    assert text.endswith('11 of 12 rows wait for runs.')
+
+
 def test_unknown_fields_are_fine():
     assert results.deviations(made_up(kind='campaign', spectra=[])) == []
 
@@ -60,14 +82,13 @@ def test_median_and_range():
     assert results.summary([]) is None and results.median_runs([]) == []
 
 
-def test_a_table_marks_what_is_missing():
+def test_a_table_shows_what_is_measured_and_counts_the_rest():
     runs = [made_up(seed=seed, error=error) for seed, error in enumerate((8.4, 8.0, 8.1))]
     text = cards.tables_text([*runs, made_up('preresnet56', limit=9)], [])
     lines = text.splitlines()
-    assert '| baseline | 8.19 | 8.10 | 3 | 8.00–8.40 | missing |' in lines
-    assert '| original, k = 1 | not reported | missing | missing | missing | missing |' in lines
-    assert '| baseline | 26.57 | missing | missing | missing | missing |' in lines
-    assert sum(line.startswith('| ') and 'missing' in line for line in lines) == 21
+    assert '| baseline | 8.19 | 8.10 | 3 | 8.00–8.40 | none |' in lines
+    waiting = [line for line in lines if line.endswith('rows wait for runs.')]
+    assert [line.partition(' ')[0] for line in waiting] == ['11', '9', '12', '9', '12'] and 'missing' not in text
     assert 'and are not counted: 1.' in lines[0] + lines[1]
 
 

@@ -75,7 +75,7 @@ def test_errors_come_from_the_results_line_with_the_files_sha256(root, capsys):
         'num_params': sum(p.numel() for p in model.parameters()),
         'sha256': hashlib.sha256((root / zoo.WEIGHTS / f'{NAME}.safetensors').read_bytes()).hexdigest(),
         'recipe': 'accelerate launch --mixed_precision bf16 train/cifar.py --model preresnet20_nl_proposed_k2 '
-                  '--dataset cifar10 --seed 3 --epochs 164 --milestones 81 122'}
+                  '--dataset cifar10 --seed 3 --recipe paper'}
     assert entries['preresnet56.cifar100'] == {'hf_hub_id': 'someone/other'}
     assert zoo.main(['--namespace', 'us'], root) == 0
     assert {name: entry['hf_hub_id'] for name, entry in json.loads(index.read_text()).items()} == {
