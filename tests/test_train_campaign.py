@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -18,10 +19,11 @@ from hub.results import sha256 as sha256_of_file
 from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe, recipe_id
 from train import campaign, land, run_dir
 from train.campaign import Campaign
+from train.engines import Local
 from train.rows import Row, after_divergence, rows
 from train.run_dir import read_results
 from train.runs import Run, Start, describe_result
-from training import result
+from training import result, same_course
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = ('--', '--epochs', '2', '--batch-size', '60', '--save-seconds', '0')
@@ -116,6 +118,33 @@ def test_one_that_fails_does_not_stop_the_others(small_cifar, tmp_path, environm
     assert 'preresnet20_nl_proposed_k5.cifar10.short.seed0: failed with exit code' in done.stdout
 
 
+@pytest.mark.slow
+def test_a_lost_worker_of_ray_is_replaced(small_cifar, tmp_path, environment):
+    """Two workers; one is killed in the middle of its run, which goes on from its folder to the same bits."""
+    pytest.importorskip('ray')
+    script = tmp_path / 'cluster.py'
+    script.write_text("import sys, ray\n"
+                      "ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)\n"
+                      "from train.campaign import main\nsys.exit(main(sys.argv[1:]))\n")
+    names = 'preresnet20.cifar10.short.seed0', 'preresnet20.cifar10.ft.seed0'
+    options = '--', '--epochs', '4', '--batch-size', '4', '--save-seconds', '0'
+    local, cluster = (command(small_cifar, tmp_path / name, '--only', *names, options=options) for name in 'ac')
+    assert go(local, environment).returncode == 0
+    process = subprocess.Popen([sys.executable, str(script), '--engine', 'ray', *cluster[3:]], env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    state, deadline = tmp_path / 'c' / names[0] / run_dir.STATE, time.monotonic() + 200
+    while not state.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    victims = [worker for worker in psutil.process_iter(['cmdline'])
+               if 'train_here' in ' '.join(worker.info['cmdline'] or [])]
+    assert len(victims) == 2
+    victims[0].kill()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    for name in names:
+        assert same_course(tmp_path / 'a' / name, tmp_path / 'c' / name)
+
+
 def test_bad_arguments(tmp_path, capsys):
     def say(*more):
         code = campaign.main(['--output-dir', str(tmp_path / 'x'), '--dry-run', *more])
@@ -136,7 +165,7 @@ def plan(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
         monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {1, 3}, raising=False)
         return Campaign(campaign.parse(
-            ['--output-dir', str(tmp_path / 'c'), '--results', str(results), '--only', *only]))
+            ['--output-dir', str(tmp_path / 'c'), '--results', str(results), '--only', *only]), Local())
     return make
 
 
@@ -152,13 +181,13 @@ def fake(run: Run, error: float, **more) -> dict:
 
 
 def test_one_slot_a_core_or_a_gpu(plan):
-    assert plan('*').slots == [1, 3] and plan('*', gpus=4).slots == [0, 1, 2, 3]
+    assert plan('*').engine.slots == [1, 3] and plan('*', gpus=4).engine.slots == [0, 1, 2, 3]
 
 
 def test_seeds_go_side_by_side_on_a_gpu(plan):
     row = 'preresnet20_nl_proposed_k2.cifar10.seed*'
     assert [len(plan(row, gpus=gpus).next_group()) for gpus in (0, 1)] == [1, 5]
-    words = plan(row, gpus=1).command(plan(row, gpus=1).next_group())
+    words = plan(row, gpus=1).words(plan(row, gpus=1).next_group())
     assert words[words.index('--seeds') + 1:] == ['0', '1', '2', '3', '4']
     assert words[words.index('--output-dir') + 1].endswith('preresnet20_nl_proposed_k2.cifar10')
 
@@ -169,7 +198,7 @@ def test_the_command_makes_the_run_that_was_asked_for(plan):
     made = plan('*')
     for row in made.rows:
         if row.run.seed == 0 and made.available(row) and made.start(row) is not None:
-            args = parse(made.command([row])[2:])
+            args = parse(made.words([row]))
             assert (args.model, args.dataset, args.recipe, tuple(args.model_kwargs), args.seeds, args.test_every) == (
                 row.run.architecture, row.run.dataset, row.run.recipe, row.run.model_kwargs, [0], row.run.test_every)
             assert (args.start or '') == row.start
@@ -199,7 +228,7 @@ def test_a_short_run_that_diverged_is_followed_by_one_with_a_lower_rate(plan, tm
     made = plan('preresnet20_nl_original_k3.cifar10.short.seed0')
     row, = made.rows
     finish(tmp_path / 'c', row, diverged_epoch=1, diverged_step=64)
-    made.gpus, made.slots = 0, []  # nothing can begin
+    made.engine.slots = []  # nothing can begin
     made.run(campaign.Stop())
     assert [row.name for row in made.rows] == [row.name, 'preresnet20_nl_original_k3.cifar10.short.lr0.01.seed0']
     assert after_divergence(made.rows[1]) is None and after_divergence(Row(Run('preresnet20'))) is None

@@ -2,7 +2,8 @@
 
     python -m train.campaign --output-dir DIR --data-dir DATA
 
-One run a core with one thread each, or one a GPU (there all missing seeds of a row side by side). Run it again with
+One run a core with one thread each, or one a GPU (there all missing seeds of a row side by side), of this machine or of
+a Ray cluster. Run it again with
 the same DIR until nothing is left: cut runs go on where they were cut, finished ones (in DIR or in hub/results.jsonl)
 are not repeated. `train/rows.py` is the list; `python -m train.land DIR` brings what is finished home.
 
@@ -14,9 +15,6 @@ import argparse
 import csv
 import fnmatch
 import inspect
-import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -26,17 +24,18 @@ from typing import Any
 STARTED = time.monotonic()  # before the imports, which take seconds on a cold disk
 
 import timm  # noqa: E402
-import torch  # noqa: E402
 
 import timm_nonlocal  # noqa: E402
 from timm_nonlocal.recipes import RECIPES, nearest  # noqa: E402
 from train import run_dir  # noqa: E402
+from train.engines import ENGINES, Local, Ray, Task  # noqa: E402
 from train.rows import Row, after_divergence, rows  # noqa: E402
 from train.run_dir import read_results  # noqa: E402
 from train.runs import ROOT, parse_kwargs  # noqa: E402
 from train.state import RunError  # noqa: E402
 from train.stop import Stop  # noqa: E402
 
+Engine = Local | Ray
 LOOK = 1.0  # seconds between two looks at what runs
 SAVING = 60.0  # seconds before --max-minutes at which runs are told to stop, at most a tenth of it
 
@@ -51,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--results', type=Path, default=ROOT / 'hub' / 'results.jsonl', metavar='FILE',
                         help='runs that are not repeated (default: hub/results.jsonl)')
     parser.add_argument('--max-minutes', type=float, default=0.0, metavar='M', help='save and stop before M minutes')
+    parser.add_argument('--engine', choices=list(ENGINES), default='local', help='this machine, or a Ray cluster')
     parser.add_argument('--jobs', type=int, metavar='N', help='runs at once (default: one a core, or one a GPU)')
     parser.add_argument('--dry-run', action='store_true', help='print what would be done, and touch nothing')
     parser.add_argument('options', nargs=argparse.REMAINDER, metavar='-- OPTION…',
@@ -74,25 +74,21 @@ def wanted(only: list[str] | None) -> list[Row]:
 
 @dataclass
 class Job:
-    """A process that makes one run, or several seeds of a row on a GPU."""
+    """What makes one run, or several seeds of a row on a GPU."""
 
     rows: list[Row]
     slot: int
-    process: subprocess.Popen
+    task: Task
 
 
 class Campaign:
     """The rows that are wanted, what a folder and the published results have of them, and what runs."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, engine: Engine):
         self.folder, self.data, self.options = args.output_dir, args.data_dir, args.options
         self.rows, self.published = wanted(args.only), read_results(args.results)
-        self.gpus = torch.cuda.device_count()
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else list(range(os.cpu_count()))
-        self.slots = (list(range(self.gpus)) or cores)[:args.jobs]
-        self.jobs: list[Job] = []
+        self.engine, self.jobs = engine, list[Job]()
         self.failed: list[str] = []
-        self.since: dict[str, float] = {}
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f'--output-dir {self.folder} is a file: name a folder')
 
@@ -144,8 +140,8 @@ class Campaign:
 
     # What is done about it
 
-    def command(self, group: list[Row]) -> list[str]:
-        """train/cifar.py for a row, or for several seeds of one."""
+    def words(self, group: list[Row]) -> list[str]:
+        """The arguments of train/cifar.py for a row, or for several seeds of one."""
         run, name = group[0].run, nearest(group[0].run.recipe)
         flags = {'--model': run.architecture, '--dataset': run.dataset, '--data-dir': self.data, '--recipe': name,
                  '--test-every': run.test_every, '--resume': 'auto',
@@ -155,20 +151,13 @@ class Campaign:
             flags['--start'] = start
         words = [str(word) for pair in flags.items() for word in pair]
         words += ['--model-kwargs', *run.model_kwargs] if run.model_kwargs else []
-        return [sys.executable, str(ROOT / 'train' / 'cifar.py'), *words, *self.options,
-                '--seeds', *(str(row.run.seed) for row in group)]
+        return [*words, *self.options, '--seeds', *(str(row.run.seed) for row in group)]
 
     def begin(self, group: list[Row], slot: int) -> None:
-        environment = {**os.environ, 'ACCELERATE_MIXED_PRECISION': group[0].run.mixed_precision}
-        environment |= {'CUDA_VISIBLE_DEVICES': str(slot)} if self.gpus else {'OMP_NUM_THREADS': '1'}
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f'{group[0].name}.log', 'a') as log:
-            process = subprocess.Popen(self.command(group), env=environment, stdout=log, stderr=log, cwd=Path.cwd(),
-                                       start_new_session=True)  # a Ctrl-C reaches it through us alone
-        if not self.gpus and hasattr(os, 'sched_setaffinity'):
-            os.sched_setaffinity(process.pid, {slot})
-        self.jobs.append(Job(group, slot, process))
-        self.since |= {row.name: time.monotonic() for row in group}
+        log = self.folder / f'{group[0].name}.log'
+        self.jobs.append(Job(group, slot, self.engine.begin(
+            self.words(group), slot, log, group[0].run.mixed_precision)))
 
     def next_group(self) -> list[Row]:
         """The next row that can begin; on a GPU with the other seeds of it that nobody has begun. Cut ones first."""
@@ -176,50 +165,51 @@ class Campaign:
         for wish in ('cut', 'missing'):
             for row, condition in ready:
                 if condition == wish:
-                    beside = [other for other, state in ready if self.gpus and state == wish == 'missing'
+                    beside = [other for other, state in ready if self.engine.gpu and state == wish == 'missing'
                               and replace(other.run, seed=0) == replace(row.run, seed=0)]
                     return beside or [row]
         return []
 
     def reap(self) -> None:
         """Lets go of processes that have ended; a short run that diverged is followed by one with a lower rate."""
-        for job in [job for job in self.jobs if job.process.poll() is not None]:
+        for job in [job for job in self.jobs if job.task.poll() is not None]:
             self.jobs.remove(job)
             for row in job.rows:
                 record = self.record(row)
                 if not record:
-                    if job.process.returncode not in (124, 130):
+                    if (code := job.task.poll()) not in (124, 130):
                         self.failed.append(row.name)
-                        print(f'{row.name}: failed with exit code {job.process.returncode}, see {row.name}.log',
-                              flush=True)
+                        print(f'{row.name}: failed with exit code {code}, see {job.rows[0].name}.log', flush=True)
                     continue
                 lost = record['diverged_epoch'] is not None
                 print(f'{row.name}: final error {record["final_error"]:.2f} %'
                       + f', not finite at step {record["diverged_step"]}' * lost, flush=True)
-                follower = after_divergence(row) if lost else None
-                if follower and follower.name not in {other.name for other in self.rows}:
-                    self.rows.insert(self.rows.index(row) + 1, follower)
+                self.follow(row, record)
+
+    def follow(self, row: Row, record: dict[str, Any] | None) -> None:
+        """Puts what is to follow a run that diverged behind it."""
+        follower = after_divergence(row) if record and record['diverged_epoch'] is not None else None
+        if follower and follower.name not in {other.name for other in self.rows}:
+            self.rows.insert(self.rows.index(row) + 1, follower)
 
     def run(self, stop: Stop) -> None:
         """Keeps every core or GPU at work until nothing is left or there is a reason to stop; then all runs save."""
         for row in list(self.rows):
-            if (record := self.record(row)) and record['diverged_epoch'] is not None and (
-                    follower := after_divergence(row)) and follower.name not in {other.name for other in self.rows}:
-                self.rows.insert(self.rows.index(row) + 1, follower)
+            self.follow(row, self.record(row))
         while not stop.reason:
             self.reap()
             busy = {job.slot for job in self.jobs}
-            for slot in self.slots:
+            for slot in self.engine.slots:
                 if slot not in busy and (group := self.next_group()):
                     self.begin(group, slot)
             if not self.jobs:
                 return
             time.sleep(LOOK)
         for job in self.jobs:
-            job.process.send_signal(signal.SIGTERM)
-        for job in self.jobs:
-            job.process.wait()
-        self.reap()
+            job.task.stop()
+        while self.jobs:
+            time.sleep(LOOK)
+            self.reap()
 
     def table(self) -> str:
         """A line a row: its condition, and of what has begun the epoch and the hours left."""
@@ -247,7 +237,7 @@ def pace(curve: Path) -> tuple[int, float]:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
-        campaign = Campaign(args)
+        campaign = Campaign(args, ENGINES[args.engine](args.jobs))
         if args.dry_run:
             print(campaign.table())
             return 0
