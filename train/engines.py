@@ -105,8 +105,8 @@ class Ray:
         import ray
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
         environment = {'PYTHONPATH': path, 'ACCELERATE_MIXED_PRECISION': mixed_precision, 'OMP_NUM_THREADS': '1'}
-        task = ray.remote(train_here).options(
-            num_cpus=0 if self.gpu else 1, num_gpus=1 if self.gpu else 0, max_calls=1, max_retries=-1,
+        task = ray.remote(max_calls=1)(train_here).options(
+            num_cpus=0 if self.gpu else 1, num_gpus=1 if self.gpu else 0, max_retries=-1,
             runtime_env={'env_vars': environment})
         return RayTask(task.remote(words, str(log.absolute()), os.getcwd()))
 
