@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from timm.models import _registry
 from torchvision.datasets import CIFAR10
 
+from conftest import ROOT
 from small_data import accepted
 from train.data import load, whole_plan
 from train.evaluate import ROUNDING, evaluate, main, mean_colour
+from train.run_dir import read_results, sha256
 from train.step import count_wrong, logits_of
 from training import random_images, result, train
 
@@ -141,3 +143,23 @@ def test_bad_data_and_results(trained, tmp_path, capsys):
     (tmp_path / 'results.jsonl').write_text('nonsense\n')
     assert main([str(trained), '--data-dir', str(tmp_path), '--results', str(tmp_path / 'results.jsonl')]) == 2
     assert 'results.jsonl line 1 is not about a run' in capsys.readouterr().err
+
+
+@pytest.mark.cifar
+def test_timms_own_pipeline_finds_the_recorded_error_of_fine_tuned_weights(cifar_dir):
+    """To the last picture, by timm's data set, loader and default config."""
+    from timm.data import create_dataset, create_loader, resolve_data_config
+    records = read_results(ROOT / 'hub' / 'results.jsonl')
+    names = [name for name in timm.list_pretrained('preresnet*') if '.ft_' in name]
+    assert names
+    for name in names:
+        model = timm.create_model(name, pretrained=True).eval()
+        config = resolve_data_config(model=model)
+        data = create_dataset(f'torch/{name.rpartition("_")[2]}', root=cifar_dir, split='validation')
+        loader = create_loader(data, batch_size=250, is_training=False, use_prefetcher=False, num_workers=0, **{
+            key: config[key] for key in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')})
+        with torch.no_grad():
+            wrong = sum((model(x).argmax(dim=1) != y).sum().item() for x, y in loader)
+        digest = sha256({key: value.contiguous() for key, value in model.state_dict().items()})
+        line, = (line for line in records if line['sha256'] == digest)
+        assert wrong == line['final_wrong'], name

@@ -208,7 +208,7 @@ def test_made_on_meta_and_filled_later():
     assert torch.equal(filled(x), model(x))
 
 
-@pytest.mark.parametrize('tag', ['cifar10', 'cifar100'])
+@pytest.mark.parametrize('tag', ['cifar10', 'cifar100', 'ft_cifar10', 'ft_cifar100'])
 def test_the_data_config_is_cifars(tag):
     """timm's own transform leaves a 32×32 image as it is, less the mean colour."""
     model = timm.create_model(f'preresnet20.{tag}')
