@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from conftest import run
 from networks import calibrated, package_with_weights
+from timm_nonlocal import pretrained
 
 
 def run_in(folder, code: str, **env):
@@ -196,3 +197,15 @@ def test_the_config_names_the_classes(saved):
 def test_unknown_tag():
     with pytest.raises(RuntimeError, match=r'^Invalid pretrained tag \(svhn\) for preresnet20\.$'):
         timm.create_model('preresnet20.svhn', pretrained=True)
+
+
+@pytest.mark.parametrize(('files', 'default'), [
+    ([], 'cifar10'), (['ft_cifar10'], 'ft_cifar10'), (['ft_cifar10', 'cifar10'], 'cifar10'),
+    (['ft_cifar100', 'cifar100'], 'cifar10'), (['ft_cifar100', 'ft_cifar10'], 'ft_cifar10')])
+def test_without_a_tag_the_papers_recipe_then_fine_tuning(monkeypatch, tmp_path, files, default):
+    """Of the data set that the name stands for, whatever else has weights."""
+    for tag in files:
+        (tmp_path / f'net.{tag}.safetensors').write_bytes(b'')
+    monkeypatch.setattr(pretrained, 'WEIGHTS', tmp_path)
+    made = pretrained.default_cfgs({'net': 'cifar10'})['net']
+    assert made.tags[0] == default and set(made.cfgs) == {'cifar10', 'cifar100', 'ft_cifar10', 'ft_cifar100'}
