@@ -49,8 +49,9 @@ class Zoo:
         for part in ('timm_nonlocal', 'hub', 'train', 'MODEL_CARD.md'):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, root / part)
-        shutil.rmtree(weights, ignore_errors=True)
-        weights.mkdir()
+        for made in (weights, root / 'hub/models'):  # of the project's own weights
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
         results.write_text('')
         zoo.check('-c', TRAIN, str(data), *NETWORKS, PYTHONPATH=f'{root}{os.pathsep}{data}')
         for network in NETWORKS:
