@@ -124,7 +124,7 @@ class ProductChain:
     def _backward(self, q: Tensor, k: Tensor, g: Tensor, dh: Tensor, dq: Tensor, dk: Tensor, dg: Tensor,
                   t: Tensor) -> None:
         affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
-        columns = g.contiguous().transpose(1, 2)  # (b, k C', M)
+        columns, whole = g.contiguous().transpose(1, 2), len(self.blocks) == 1  # (b, k C', M)
         dk_sum = None  # (b, M, D)
         for n in reversed(range(0, g.shape[2], self.inner)):
             end = n + self.inner
@@ -134,17 +134,21 @@ class ProductChain:
             back = None  # Aᵀ dHⁿ, (b, M, C'), summed over the rows of A
             for block in self.blocks:
                 a = affinity(block)
-                if len(self.blocks) == 1:
+                if whole:
                     self._subtract(a.transpose(1, 2), dh_n, dh_n, dg_n)
                 else:
                     back = self._add(back, a.transpose(1, 2), dh_n[:, block])
                 if n == 0:  # dH is whole now
                     ds = self._logit_gradient(a, dh[:, block], columns)
-                    torch.mul(self._product(ds, k), self.scale, out=dq[:, block])
-                    dk_sum = self._add(dk_sum, ds.transpose(1, 2), q[:, block])
+                    self._put(ds, k, dq[:, block])
+                    if whole:
+                        self._put(ds.transpose(1, 2), q, dk)
+                    else:
+                        dk_sum = self._add(dk_sum, ds.transpose(1, 2), q[:, block])
             if back is not None:
                 torch.sub(back, dh_n, alpha=self.minus, out=dg_n)
-        torch.mul(dk_sum, self.scale, out=dk)
+        if dk_sum is not None:
+            torch.mul(dk_sum, self.scale, out=dk)
 
     def _affinity(self, q: Tensor, k: Tensor, again: bool) -> Callable[[slice], Tensor]:
         """A by its rows: (b, rows, M) in `dtype`, good until the next rows are asked for.
@@ -187,6 +191,12 @@ class ProductChain:
         else:
             torch.sub(self._product(a, b), c, alpha=self.minus, out=out)
 
+    def _put(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """s a b."""
+        product = self._product(a, b, self.scale, out)
+        if product is not out:
+            out.copy_(product)
+
     def _add(self, total: Optional[Tensor], a: Tensor, b: Tensor) -> Tensor:
         """total + a b, in float32 or more where there is a sum; a b where there is none yet."""
         product = self._product(a, b)
@@ -199,7 +209,7 @@ class ProductChain:
             out: where the result may be written.
         """
         if self.one_by_one:
-            return linear_product(a[0] if scale == 1 else a[0] * scale, b[0]).unsqueeze(0)
+            return linear_product(a[0], b[0] if scale == 1 else b[0] * scale).unsqueeze(0)  # b is never the larger
         if self.dtype == self.sums:
             out = a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if out is None else out
             return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
