@@ -13,6 +13,7 @@ import timm
 
 from networks import package_with_weights
 from timm_nonlocal.preresnet import ARCHITECTURES
+from timm_nonlocal.pretrained import TAGS
 
 HERE = Path(__file__).parent
 TESTS = {  # every test of the file that takes a model of any family
@@ -69,13 +70,13 @@ def passed(timm_tests: Path, folder: Path, architectures: list[str]) -> dict[str
 
 def check(timm_tests: Path, folder: Path, architectures: list[str]) -> None:
     """Every test on every architecture, and on its tags the tests of tags; every other tag has weights."""
-    weighted = [f'{name}.{tag}' for name, tag in zip(architectures, cycle(['cifar10', 'cifar100']), strict=False)
+    weighted = [f'{name}.{tag}' for name, tag in zip(architectures, cycle(TAGS), strict=False)
                 if name in ARCHITECTURES]
     package_with_weights(folder, *weighted)
     tests = passed(timm_tests, folder, architectures)
     for name in architectures:
         assert tests.pop(name) == TESTS - {'test_model_default_cfgs'}, name
-        for tag in ['cifar10', 'cifar100'] if name in ARCHITECTURES else ['a1_in1k']:
+        for tag in TAGS if name in ARCHITECTURES else ['a1_in1k']:
             expected = {'test_model_default_cfgs'} | (PRETRAINED if f'{name}.{tag}' in weighted else set())
             assert tests.pop(f'{name}.{tag}') == expected, f'{name}.{tag}'
     assert not tests
