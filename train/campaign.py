@@ -3,9 +3,9 @@
     python -m train.campaign --output-dir DIR --data-dir DATA
 
 One run a core with one thread each, or one a GPU (there all missing seeds of a row side by side), of this machine or of
-a Ray cluster. Run it again with
-the same DIR until nothing is left: cut runs go on where they were cut, finished ones (in DIR or in hub/results.jsonl)
-are not repeated. `train/rows.py` is the list; `python -m train.land DIR` brings what is finished home.
+a Ray cluster. Run it again with the same DIR until nothing is left: cut runs go on where they were cut, finished ones
+(in DIR or in hub/results.jsonl) are not repeated. `train/rows.py` is the list; `python -m train.land DIR` brings what
+is finished home.
 
 SIGTERM, Ctrl-C and --max-minutes save every run. Exit codes: 0 finished, or the time is over; 1 a run failed, the
 others went on; 2 the arguments or DIR are off; 130 stopped by a signal.
