@@ -1,6 +1,7 @@
 """Fine-tuning: trained weights to start from, the recipe `ft`, and the test set every few epochs."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -72,6 +73,13 @@ def test_other_weights_are_another_run(small_cifar_here, backbone, tmp_path, cap
     save_file(other, backbone)
     assert tune(small_cifar_here, tmp_path / 'run', backbone, '--resume', 'auto') == 2
     assert 'holds another run (its start is' in capsys.readouterr().err
+
+
+def test_the_same_weights_under_another_name_are_the_same_run(small_cifar_here, backbone, tmp_path):
+    assert tune(small_cifar_here, tmp_path / 'run', backbone) == 0
+    shutil.copy(backbone, tmp_path / 'copy.safetensors')
+    assert tune(small_cifar_here, tmp_path / 'run', tmp_path / 'copy.safetensors', '--resume', 'auto') == 0
+    assert Start('a', '1') == Start('b', '1') != Start('a', '2')
 
 
 def test_a_run_is_a_start(small_cifar_here, backbone, tmp_path):

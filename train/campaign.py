@@ -15,6 +15,7 @@ import argparse
 import csv
 import fnmatch
 import inspect
+import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -177,7 +178,7 @@ class Campaign:
             for row in job.rows:
                 record = self.record(row)
                 if not record:
-                    if (code := job.task.poll()) not in (124, 130):
+                    if (code := job.task.poll()) not in (124, 130, -signal.SIGTERM):
                         self.failed.append(row.name)
                         print(f'{row.name}: failed with exit code {code}, see {job.rows[0].name}.log', flush=True)
                     continue

@@ -287,11 +287,13 @@ class Trainer:
 
 def check_same_runs(runs: Sequence[Run], progress: dict[str, Any], source: str) -> None:
     """Raises RunError if a saved progress is not that of these runs."""
-    saved = [Run.from_dict(state['run']).to_dict() for state in progress['runs']]
+    saved = [Run.from_dict(state['run']) for state in progress['runs']]
     if len(saved) != len(runs):
         raise RunError(f'{source} holds another run (it has {len(saved)} side by side, not {len(runs)}): '
                        f'name another --output-dir')
-    for run, was in zip((run.to_dict() for run in runs), saved, strict=True):
-        other = [f'its {key} is {was.get(key)}, not {run[key]}' for key in run if was.get(key) != run[key]]
+    for run, was in zip(runs, saved, strict=True):
+        asked, kept = run.to_dict(), was.to_dict()
+        other = [f'its {key} is {kept[key]}, not {asked[key]}' for key in asked
+                 if getattr(was, key) != getattr(run, key)]
         if other:
             raise RunError(f'{source} holds another run ({"; ".join(other)}): name another --output-dir')

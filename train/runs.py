@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,12 @@ CLASSES = {'cifar10': 10, 'cifar100': 100}
 
 @dataclass(frozen=True)
 class Start:
-    """Trained weights that a run begins with: what they are called, and the sha256 of their safetensors file."""
+    """Trained weights that a run begins with: what they are called, and the sha256 of their safetensors file.
 
-    name: str
+    The same weights under another name are the same start.
+    """
+
+    name: str = field(compare=False)
     sha256: str
 
 
