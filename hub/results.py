@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import timm_nonlocal
 from timm_nonlocal.pretrained import TAGS
-from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe, nearest
+from timm_nonlocal.recipes import RECIPES, Recipe, nearest
 
 HUB = Path(__file__).parent
 RESULTS = HUB / 'results.jsonl'
@@ -46,7 +46,7 @@ def recipe_name(run: Run) -> str:
 
 def recipe_for(architecture: str, name: str) -> Recipe:
     """A recipe as a network is trained with it: four original blocks from scratch take a tenth of the learning rate."""
-    recipe = {'paper': PAPER, 'short': SHORT, 'ft': FINE_TUNING}[name]
+    recipe = RECIPES[name]
     tenth = name != 'ft' and architecture.endswith('original_k4')
     return replace(recipe, lr=recipe.lr / 10) if tenth else recipe
 

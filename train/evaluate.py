@@ -98,8 +98,8 @@ def evaluate(model: nn.Module, images: Images, mean: str = 'image') -> dict[str,
     logits = logits_of(model, images, columns)
     highest = logits.topk(2, dim=1).values
     ties = highest[:, 0] - highest[:, 1] <= ROUNDING * logits.abs().amax(dim=1)
-    wrong, wrong_timm = (int((found.argmax(dim=1) != images.labels).sum())
-                         for found in (logits, logits_of(model, timm_images, columns)))
+    by_timm = logits if images is timm_images else logits_of(model, timm_images, columns)
+    wrong, wrong_timm = (int((found.argmax(dim=1) != images.labels).sum()) for found in (logits, by_timm))
     return {'images': len(images), 'wrong': wrong, 'ties': int(ties.sum()), 'error': 100 * wrong / len(images),
             'error_timm': 100 * wrong_timm / len(images)}
 
