@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.runs import ROOT
-from train.state import write
+from train.records.runs import ROOT
+from train.records.state import write
 
 REPORT = ROOT / 'BENCHMARKS.md'
 

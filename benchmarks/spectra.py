@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import timm_nonlocal  # noqa: F401
 from benchmarks.document import write_part
-from train.runs import ROOT, surroundings
+from train.records.runs import ROOT, surroundings
 
 TIMED = """
 import json, sys, time

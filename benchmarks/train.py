@@ -27,13 +27,13 @@ from benchmarks.document import render
 from benchmarks.stage.measure import milliseconds
 from benchmarks.train_report import TARGETS, report, table
 from timm_nonlocal.recipes import PAPER, Recipe
-from train.data import Images, frame, whole_plan
-from train.loop import How, Trainer
-from train.pool import Pool
-from train.runs import Run, surroundings
-from train.state import write
-from train.step import Learner, autocast, compiled_loss, count_wrong, loss_of
-from train.stop import Stop
+from train.engine.data import Images, frame, whole_plan
+from train.engine.loop import How, Trainer
+from train.engine.pool import Pool
+from train.engine.step import Learner, autocast, compiled_loss, count_wrong, loss_of
+from train.engine.stop import Stop
+from train.records.runs import Run, surroundings
+from train.records.state import write
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from itertools import groupby
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 
+from timm_nonlocal import paper
+from timm_nonlocal.analysis.spectra import Spectrum
 from timm_nonlocal.recipes import Recipe, recipe_id
-from timm_nonlocal.spectrum import Spectrum
 
-from . import paper
 from .results import Run, Shipped, counted, deviations, median_runs, summary
 from .spectra import of_weights
 

@@ -12,9 +12,10 @@ import re
 import sys
 from pathlib import Path
 
+from hub import claims, figures
+from timm_nonlocal import paper
 from timm_nonlocal.recipes import RECIPES
 
-from . import claims, figures, paper
 from .card import card
 from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, shipped, summary, write
 

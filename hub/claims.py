@@ -6,9 +6,10 @@ from math import comb
 from statistics import median
 from typing import NamedTuple
 
-from timm_nonlocal.spectrum import TOP
+from hub import figures
+from timm_nonlocal import paper
+from timm_nonlocal.analysis.spectra import TOP
 
-from . import figures, paper
 from .results import Run, counted
 from .spectra import kept
 

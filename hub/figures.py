@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from timm_nonlocal.null import null_negative
+from timm_nonlocal import paper
+from timm_nonlocal.analysis.random_weights import null_negative
 from timm_nonlocal.recipes import PAPER
 
-from . import paper
 from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, median_runs, recipe_name, shipped
 from .spectra import kept, of_weights
 
@@ -183,7 +183,7 @@ def captions(drawn: dict[int, list[Drawn]]) -> dict[int, str]:
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(prog='python -m hub.figures', description=__doc__.split('\n\n')[0],
                             allow_abbrev=False).parse_args(argv)
-    from . import drawing
+    from hub import drawing
     try:
         runs = load()
         drawn = collect(runs, shipped(runs))

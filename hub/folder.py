@@ -20,9 +20,9 @@ from pathlib import Path
 import timm
 from timm.models import save_for_hf
 
-from timm_nonlocal.pretrained import DATASETS
+from hub import cards, drawing
+from timm_nonlocal.models.pretrained import DATASETS
 
-from . import cards, drawing
 from .card import published
 from .results import HUB, PublishError, Run, Shipped
 

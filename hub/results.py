@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import timm_nonlocal
-from timm_nonlocal.pretrained import TAGS
+from timm_nonlocal.models.pretrained import TAGS
 from timm_nonlocal.recipes import RECIPES, Recipe, nearest
 
 HUB = Path(__file__).parent

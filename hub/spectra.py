@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from timm_nonlocal import spectrum
-from timm_nonlocal.spectrum import TOP, Spectrum
+from timm_nonlocal.analysis.spectra import TOP, Spectrum
 
 from .results import Run
 

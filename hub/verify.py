@@ -20,7 +20,7 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 
-from timm_nonlocal import inspect
+from timm_nonlocal.inspect import command as inspect
 
 from .client import CLIENT_ERRORS, explain
 from .folder import WEIGHTS, child_environment, last_line

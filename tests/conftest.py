@@ -1,24 +1,16 @@
-"""What the tests share: options, small data made on the spot, and a way to run our commands as a user does."""
+"""The options and fixtures of the tests."""
 
-import hashlib
-import json
-import os
-import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from hub_double import HubDouble
-from small_data import accepted
-from zoo import Zoo
-
-ROOT = Path(__file__).resolve().parents[1]
-os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test may wait for a server
+from tests.support.cifar_files import make_cifar10
+from tests.support.hub_double import HubDouble
+from tests.support.small_data import accepted
+from tests.support.weight_files import Zoo
 
 
 def pytest_addoption(parser):
@@ -61,35 +53,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def _write_batch(folder: Path, name: str, fields: dict) -> str:
-    data = pickle.dumps(fields, protocol=2)
-    (folder / name).write_bytes(data)
-    return hashlib.md5(data).hexdigest()
-
-
-def make_cifar10(folder: Path, per_batch: int = 24, test: int = 20) -> Path:
-    """A CIFAR-10 folder of random images whose label shows in their colour, in the published layout.
-
-    torchvision checks the published md5 sums; `md5.json` holds those of these files, which `accept` puts in place, and
-    the folder's `sitecustomize.py` calls it in every Python process that has the folder on its path.
-    """
-    generator = np.random.default_rng(0)
-    base = folder / 'cifar-10-batches-py'
-    base.mkdir(parents=True)
-    sums = {}
-    for name, count in [*((f'data_batch_{i}', per_batch) for i in range(1, 6)), ('test_batch', test)]:
-        labels = generator.integers(0, 10, count)
-        images = generator.integers(0, 120, (count, 3, 1024)) + labels[:, None, None] * 12
-        sums[name] = _write_batch(base, name, {'data': images.astype(np.uint8).reshape(count, -1),
-                                               'labels': labels.tolist()})
-    sums['batches.meta'] = _write_batch(base, 'batches.meta', {'label_names': [f'class{i}' for i in range(10)]})
-    (folder / 'md5.json').write_text(json.dumps(sums))
-    (folder / 'sitecustomize.py').write_text(
-        f'import sys\nsys.path.append({str(ROOT / "tests")!r})\n'
-        f'from small_data import accept_when_imported\naccept_when_imported({str(folder / "md5.json")!r})\n')
-    return folder
-
-
 @pytest.fixture(scope='session')
 def small_cifar(tmp_path_factory) -> Path:
     """120 training and 20 test images in CIFAR-10's layout."""
@@ -119,10 +82,3 @@ def small_cifar_here(small_cifar, monkeypatch) -> Path:
     for name, value in accepted(CIFAR10, small_cifar / 'md5.json').items():
         monkeypatch.setattr(CIFAR10, name, value)
     return small_cifar
-
-
-def run(*command: str, data: Path | None = None, env: dict | None = None, **options) -> subprocess.CompletedProcess:
-    """Runs `python …` in a process of its own, with the small data's md5 sums where `data` is given."""
-    path = [str(ROOT), *([str(data)] if data else [])]
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(path), 'CUDA_VISIBLE_DEVICES': '', **(env or {})}
-    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600, **options)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import timm_nonlocal
-from conftest import ROOT, run
+from tests.support.process import ROOT, run
 
 
 def test_lint():

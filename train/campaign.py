@@ -4,8 +4,8 @@
 
 One run a core with one thread each, or one a GPU (there all missing seeds of a row side by side), of this machine or of
 a Ray cluster. Run it again with the same DIR until nothing is left: cut runs go on where they were cut, finished ones
-(in DIR or in hub/results.jsonl) are not repeated. `train/rows.py` is the list; `python -m train.land DIR` brings what
-is finished home.
+(in DIR or in hub/results.jsonl) are not repeated. `train/scheduling/planned.py` is the list; `python -m train.land DIR`
+brings what is finished home.
 
 SIGTERM, Ctrl-C and --max-minutes save every run. Exit codes: 0 finished, or the time is over; 1 a run failed, the
 others went on; 2 the arguments or DIR are off; 130 stopped by a signal.
@@ -28,13 +28,13 @@ import timm  # noqa: E402
 
 import timm_nonlocal  # noqa: E402
 from timm_nonlocal.recipes import RECIPES, nearest  # noqa: E402
-from train import run_dir  # noqa: E402
-from train.engines import ENGINES, Local, Ray, Task  # noqa: E402
-from train.rows import Row, after_divergence, rows  # noqa: E402
-from train.run_dir import read_results  # noqa: E402
-from train.runs import ROOT, parse_kwargs  # noqa: E402
-from train.state import RunError  # noqa: E402
-from train.stop import Stop  # noqa: E402
+from train.engine.stop import Stop  # noqa: E402
+from train.records import run_dir  # noqa: E402
+from train.records.run_dir import read_results  # noqa: E402
+from train.records.runs import ROOT, parse_kwargs  # noqa: E402
+from train.records.state import RunError  # noqa: E402
+from train.scheduling.planned import Row, after_divergence, rows  # noqa: E402
+from train.scheduling.workers import ENGINES, Local, Ray, Task  # noqa: E402
 
 Engine = Local | Ray
 LOOK = 1.0  # seconds between two looks at what runs

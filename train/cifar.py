@@ -31,14 +31,14 @@ from timm.models import split_model_name_tag  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from timm_nonlocal.recipes import ANNEALS, MEANS, PAPER, RECIPES, Recipe  # noqa: E402
-from train import run_dir, state  # noqa: E402
-from train.data import DATASETS, DataError, load  # noqa: E402
-from train.loop import How, Trainer, check_same_runs  # noqa: E402
-from train.processes import Processes, end  # noqa: E402
-from train.progress import Bar  # noqa: E402
-from train.runs import Run, Start  # noqa: E402
-from train.state import RunError  # noqa: E402
-from train.stop import Stop  # noqa: E402
+from train.engine.data import DATASETS, DataError, load  # noqa: E402
+from train.engine.loop import How, Trainer, check_same_runs  # noqa: E402
+from train.engine.processes import Processes, end  # noqa: E402
+from train.engine.progress import Bar  # noqa: E402
+from train.engine.stop import Stop  # noqa: E402
+from train.records import run_dir, state  # noqa: E402
+from train.records.runs import Run, Start  # noqa: E402
+from train.records.state import RunError  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -26,12 +26,12 @@ from safetensors import SafetensorError
 from timm.models import split_model_name_tag
 from torch import nn
 
-from timm_nonlocal.checkpoint import CheckpointError, near_names
-from train import run_dir
-from train.data import DataError, Images, load, mean_colour, whole_plan
-from train.runs import CLASSES, ROOT
-from train.state import RunError
-from train.step import logits_of
+from timm_nonlocal.checkpoints.targets import CheckpointError, near_names
+from train.engine.data import DataError, Images, load, mean_colour, whole_plan
+from train.engine.step import logits_of
+from train.records import run_dir
+from train.records.runs import CLASSES, ROOT
+from train.records.state import RunError
 
 ROUNDING = 1e-4
 

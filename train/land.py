@@ -18,10 +18,10 @@ from typing import Any
 
 from hub.results import sha256 as sha256_of_file
 from hub.results import to_ship
-from train import run_dir
-from train.run_dir import read_results, write_lines
-from train.runs import ROOT, Run
-from train.state import RunError, write
+from train.records import run_dir
+from train.records.run_dir import read_results, write_lines
+from train.records.runs import ROOT, Run
+from train.records.state import RunError, write
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -105,7 +105,7 @@ def land(folders: list[Path], results: Path, weights: Path) -> list[str]:
 
 def make_pages() -> None:
     """README's table, the index, figures and cards, in processes that see the new files."""
-    for page in ('hub.zoo', 'hub.figures', 'hub.cards'):
+    for page in ('hub.index', 'hub.figures', 'hub.cards'):
         result = subprocess.run([sys.executable, '-m', page], cwd=ROOT, capture_output=True, text=True)
         if result.returncode == 2:
             raise RunError(f'python -m {page}: {result.stderr.strip().splitlines()[-1]}')

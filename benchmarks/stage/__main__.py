@@ -29,9 +29,9 @@ from benchmarks.stage.contenders import CONTENDERS, MMCV, Case, Step, Worker
 from benchmarks.stage.counts import ceilings, counts, floor
 from benchmarks.stage.measure import captured, extra_bytes, milliseconds
 from benchmarks.stage.report import report, table
-from timm_nonlocal.ops_products import ProductChain
-from train.runs import surroundings
-from train.state import write
+from timm_nonlocal.ops.products import ProductChain
+from train.records.runs import surroundings
+from train.records.state import write
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         record['cases'] = [*(kept for kept in record['cases'] if kept['name'] != entry['name']), entry]
 
     if device.type == 'cuda':
-        from timm_nonlocal.ops_triton import TritonChain
+        from timm_nonlocal.ops.triton_backend import TritonChain
         chains.append(TritonChain)
     attempt('accuracy', lambda: record['checks'].extend(checks(device, chains)))
     attempt('ceilings', lambda: record['ceilings'].update(ceilings(device)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_nonlocal import NonlocalBlock, NonlocalStage
-from timm_nonlocal.ops_products import ProductChain
+from timm_nonlocal.ops.products import ProductChain
 
 Tensors = tuple[Tensor, ...]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

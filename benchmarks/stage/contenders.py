@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.layers.non_local_attn import NonLocalAttn
 from torch import Tensor, nn
 
-from timm_nonlocal import NonlocalBlocks, NonlocalStage, ops
+from timm_nonlocal import NonlocalBlocks, NonlocalStage
+from timm_nonlocal.ops import stage as ops
 
 CHANNELS = 64
 

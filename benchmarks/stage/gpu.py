@@ -64,7 +64,7 @@ def tiles(device: torch.device, images: int = 128, positions: int = 1024) -> Ite
 
     Leaves the fastest in place, for what is measured next in this process.
     """
-    from timm_nonlocal import ops_triton
+    from timm_nonlocal.ops import triton_backend as ops_triton
     kernels = {kernel.fn.__name__: kernel for kernel in ops_triton.TILES}
     for name, candidates in CANDIDATES.items():
         k = 5 if name.startswith('close') else 2

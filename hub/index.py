@@ -1,0 +1,139 @@
+"""The table of all models in README.md, and weights/index.json, which tells the package about its weight files.
+
+    python -m hub.index [--check] [--namespace NS]
+
+Both are made from the registered models, the files in timm_nonlocal/weights and hub/results.jsonl. --check writes
+nothing. --namespace says once under whose name `hub.publish` has published the files: where the package then lacks one,
+pretrained=True takes it from there. Exit codes: 0 done; 1 --check found something out of date; 2 the weights, the
+results or README.md are off.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_nonlocal.models.preresnet import ARCHITECTURES
+from timm_nonlocal.models.pretrained import DATASETS, TAGS
+from timm_nonlocal.recipes import RECIPES, Recipe
+
+from .results import PublishError, load, recipe_name, shipped, write
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS, RESULTS, README = (
+    Path(path) for path in ('timm_nonlocal/weights', 'hub/results.jsonl', 'README.md'))  # below the root
+MARKERS = '<!-- models: python -m hub.index -->\n', '<!-- end of models -->\n'
+
+
+def create(name: str) -> nn.Module:
+    return timm.create_model(name, device='meta').eval()
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(model: nn.Module) -> int:
+    """Multiply-adds of one image of the size in the model's config."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
+    return counter.get_total_flops() // 2
+
+
+def command(run: dict[str, Any]) -> str:
+    """The command that makes the run of a line of results.jsonl."""
+    def words(value: Any) -> list[str]:
+        return [shlex.quote(str(word)) for word in (value if isinstance(value, list) else [value])]
+
+    recipe, name = Recipe.from_dict(run['recipe']), recipe_name(run)
+    options = {'model': run['architecture'], 'dataset': run['dataset'], 'seed': run['seed'], 'recipe': name,
+               **recipe.changes(RECIPES[name]), **({'start': run['start']['name']} if run.get('start') else {}),
+               **{key: run[key] for key in ('model_kwargs', 'limit') if run.get(key)},
+               **({'test_every': run['test_every']} if run.get('test_every', 1) > 1 else {})}
+    given = []
+    for key, value in options.items():
+        flag = key.replace('_', '-')
+        given += [f'--{"" if value else "no-"}{flag}'] if isinstance(value, bool) else [f'--{flag}', *words(value)]
+    return ' '.join(['accelerate launch --mixed_precision', run.get('mixed_precision', 'no'), 'train/cifar.py', *given])
+
+
+def index(root: Path = ROOT, namespace: str | None = None) -> dict[str, dict[str, Any]]:
+    """What weights/index.json should say: about each file, and as before about weights that are on the Hub alone.
+
+    Raises:
+        PublishError: a file that no line of results.jsonl accounts for, see `results.shipped`.
+    """
+    old = root / WEIGHTS / 'index.json'
+    entries = json.loads(old.read_text()) if old.is_file() else {}
+    for file in shipped(load(root / RESULTS), root / WEIGHTS):
+        model, run = create(file.name), file.run
+        entries[file.name] = {
+            **entries.get(file.name, {}), **({'hf_hub_id': f'{namespace}/{file.name}'} if namespace else {}),
+            'sha256': file.sha256, 'num_params': parameters(model), 'macs': macs(model),
+            'test_error': run['final_error'],
+            'recipe': command(run),
+        }
+    return dict(sorted(entries.items()))
+
+
+def table(entries: dict[str, dict[str, Any]]) -> str:
+    """Every architecture as a row of Markdown: parameters, multiply-adds, and the test error of each tag's weights."""
+    rows = [['architecture', 'parameters', 'MACs', *(f'error on {data.title}' for data in DATASETS.values())],
+            ['---', *['---:'] * 4]]
+    for name in [*ARCHITECTURES, *timm.list_models(module='resnet_nl')]:
+        model = create(name)
+        row = [f'`{name}`', f'{parameters(model):,}', f'{macs(model) / 1e6:,.1f} M']
+        for dataset in DATASETS:
+            found = [f'{error:.2f} %' + f' ({means.recipe})' * (means.recipe != 'paper') for tag, means in TAGS.items()
+                     if means.dataset == dataset
+                     and (error := entries.get(f'{name}.{tag}', {}).get('test_error')) is not None]
+            row.append(', '.join(found) or ('no weights' if name in ARCHITECTURES else '—'))
+        rows.append(row)
+    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+
+
+def made(root: Path = ROOT, namespace: str | None = None) -> dict[Path, str]:
+    """The files that the command writes, and what belongs into them."""
+    readme, entries = (root / README).read_text(), index(root, namespace)
+    try:
+        before, rest = readme.split(MARKERS[0])
+        _, after = rest.split(MARKERS[1])
+    except ValueError:
+        raise PublishError(f'{README}: put the table between one line {MARKERS[0].strip()} '
+                           f'and one {MARKERS[1].strip()}') from None
+    files = {root / README: before + MARKERS[0] + table(entries) + MARKERS[1] + after}
+    if entries:
+        files[root / WEIGHTS / 'index.json'] = json.dumps(entries, indent=1) + '\n'
+    return files
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        prog='python -m hub.index', description=__doc__.split('\n\n')[0], allow_abbrev=False)
+    parser.add_argument('--check', action='store_true', help='only say what is out of date')
+    parser.add_argument('--namespace', metavar='NS', help='the user or organisation that the files are published under')
+    args = parser.parse_args(argv)
+    try:
+        stale = {path: text for path, text in made(root, args.namespace).items()
+                 if not path.is_file() or path.read_text() != text}
+    except PublishError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    for path, text in stale.items():
+        if args.check:
+            print(f'{path.relative_to(root)} is out of date: run python -m hub.index', file=sys.stderr)
+            continue
+        write(path, text)
+        print(f'{path.relative_to(root)} written')
+    return 1 if args.check and stale else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

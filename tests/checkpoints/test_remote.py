@@ -1,0 +1,230 @@
+"""Reading from the Hub over loopback: what is read, how much of it, and every way in which the server can fail."""
+
+import json
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from tests.support.range_server import COMMITS, pad, serving
+from timm_nonlocal.analysis.spectra import measure, spectrum
+from timm_nonlocal.checkpoints.layouts import find
+from timm_nonlocal.checkpoints.targets import CheckpointError, Options, open_target
+from timm_nonlocal.checkpoints.tensorfile import HubError, UnsafePickleError
+
+NAME = 'model.safetensors'
+
+
+@pytest.fixture
+def hub_env(monkeypatch, tmp_path):
+    """The Hub client as it is outside these tests, with a cache of its own."""
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('HF_TOKEN', 'hf_of_these_tests')
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Four blocks in a file of about 100 MB, as trained in two different runs."""
+    folders = {}
+    for commit in COMMITS:
+        torch.manual_seed(COMMITS.index(commit))
+        folder = tmp_path / commit[:4]
+        folder.mkdir()
+        model = timm.create_model('preresnet20_nl_original_k4')
+        save_file(model.state_dict(), folder / NAME)
+        pad(folder / NAME, 100_000_000)
+        folders[commit] = {NAME: folder / NAME}
+    return folders
+
+
+@pytest.fixture
+def hub(hub_env, weights, monkeypatch):
+    with serving(files=weights) as server:
+        monkeypatch.setenv('HF_ENDPOINT', server.address)
+        yield server
+
+
+def spectra_of(source):
+    blocks = find(source.tensors.shapes).blocks
+    return [measure(block, source.tensors.read(block.names)) for block in blocks]
+
+
+def read(target='user/repo', **options):
+    """The source, with the tensors of all its blocks read at once as the command does, and their spectra."""
+    source = open_target(target, Options(**options))
+    blocks = find(source.tensors.shapes).blocks
+    tensors = source.tensors.read([name for block in blocks for name in block.names])
+    return source, [measure(block, tensors) for block in blocks]
+
+
+def test_two_requests_and_under_200_kb_of_100_mb(hub, weights):
+    source, records = read()
+    assert [record.index for record in records] == [0, 1, 2, 3]
+    assert records == spectra_of(open_target(str(weights[COMMITS[0]][NAME])))  # the same bits as a local read
+    assert len(hub.requests) == 2 and hub.sent < 200_000
+    tensors = source.tensors
+    assert (tensors.mode, tensors.bytes_read) == ('range', hub.sent)
+    assert tensors.bytes_total == weights[COMMITS[0]][NAME].stat().st_size > 99_000_000
+    assert (source.repo.commit, source.repo.sha256) == (COMMITS[0], 'a' * 64)
+    assert f'range: {hub.sent / 1e3:.0f} kB of 100 MB' in source.label and 'user/repo @ aaaaaaaa' in source.label
+    assert [request.authorization for request in hub.requests] == ['Bearer hf_of_these_tests'] * 2
+
+
+def test_later_requests_are_of_the_first_ones_commit(hub, weights):
+    hub.move_after = 1  # main moves between the header and the tensors
+    source, records = read()
+    assert f'/resolve/{COMMITS[0]}/' in hub.requests[1].path
+    assert source.repo.commit == COMMITS[0]
+    assert records == spectra_of(open_target(str(weights[COMMITS[0]][NAME])))
+
+
+def test_a_server_that_changes_commit_half_way_is_noticed(hub):
+    hub.move_after, hub.forget_commits = 1, True
+    with pytest.raises(CheckpointError, match='went from commit aaaaaaaa to bbbbbbbb while it was read'):
+        read()
+
+
+def test_redirect_to_a_storage_elsewhere(hub, weights):
+    with serving(files=weights) as storage:
+        hub.redirect = storage
+        source, records = read()
+        assert records == spectra_of(open_target(str(weights[COMMITS[0]][NAME])))
+        assert (source.repo.commit, source.repo.sha256) == (COMMITS[0], 'a' * 64)
+        assert [request.status for request in hub.requests + storage.requests] == [302, 302, 206, 206]
+        assert storage.sent < 200_000 and all(request.range for request in storage.requests)
+
+
+def test_a_storage_that_changes_half_way_is_noticed(hub, weights, tmp_path):
+    other = {commit: {NAME: tmp_path / f'{commit[:4]}.other'} for commit in weights}
+    for commit in weights:
+        other[commit][NAME].write_bytes(weights[commit][NAME].read_bytes()[:50_000_000])
+    with serving(files=weights) as storage:
+        hub.redirect = storage
+        source = open_target('user/repo')
+        storage.files = other
+        with pytest.raises(CheckpointError, match='changed while it was read'):
+            source.tensors.read([name for block in find(source.tensors.shapes).blocks for name in block.names])
+
+
+def test_a_server_that_ignores_ranges(hub, weights, capsys):
+    hub.ignore_range = True
+    for commit in weights:  # small enough to be sent whole
+        save_file(timm.create_model('preresnet20_nl_proposed_k1').state_dict(), weights[commit][NAME])
+    with pytest.raises(HubError, match='ignores ranges; read it whole with --remote download'):
+        read(remote='range')
+    source, records = read()
+    assert source.tensors.mode == 'download' and 'is downloaded whole' in capsys.readouterr().err
+    assert records == spectra_of(open_target(str(weights[COMMITS[0]][NAME])))
+    count = len(hub.requests)
+    assert read()[0].tensors.mode == 'cache' and len(hub.requests) == count
+    source, again = read(offline=True)
+    assert (source.tensors.mode, source.repo.commit, again) == ('cache', COMMITS[0], records)
+
+
+def test_whole_download_when_asked(hub, weights):
+    for commit in weights:
+        save_file(timm.create_model('preresnet20_nl_proposed_k1').state_dict(), weights[commit][NAME])
+    source, _ = read(remote='download')
+    assert source.tensors.mode == 'download'
+    assert source.tensors.bytes_read == source.tensors.bytes_total == weights[COMMITS[0]][NAME].stat().st_size
+
+
+def test_revision_and_addresses_of_a_repository(hub, weights):
+    expected = spectra_of(open_target(str(weights[COMMITS[1]][NAME])))
+    for target in (f'user/repo@{COMMITS[1]}', f'hf-hub:user/repo@{COMMITS[1]}', f'hf://user/repo@{COMMITS[1]}'):
+        assert read(target)[1] == expected
+    assert read('hf_hub:user/repo', revision=COMMITS[1], file=NAME)[1] == expected
+    with pytest.raises(CheckpointError, match='user/repo has no revision v9'):
+        read('user/repo@v9')
+
+
+@pytest.mark.parametrize(('refuse', 'kind', 'message'), [
+    ((403, 'GatedRepo'), HubError, 'is gated'),
+    ((401, 'RepoNotFound'), CheckpointError, 'no such repository, or a private one'),
+    ((404, 'RepoNotFound'), CheckpointError, 'no such repository, or a private one'),
+    ((429, ''), HubError, 'the Hub refuses'),
+    ((500, ''), HubError, 'the Hub refuses'),
+])
+def test_the_hub_refuses(hub, refuse, kind, message):
+    hub.refuse = refuse
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read()
+    assert type(caught.value) is kind and '\n' not in str(caught.value)
+
+
+def test_a_repository_without_weights(hub):
+    hub.files = {commit: {} for commit in hub.files}
+    with pytest.raises(CheckpointError, match='has no model.safetensors or model.safetensors.index.json or pytorch'):
+        read()
+
+
+def test_nobody_answers(hub_env, monkeypatch):
+    monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
+    with pytest.raises(HubError, match='cannot be reached'):
+        read()
+    with pytest.raises(HubError, match='not in the cache, and this is offline'):
+        read(offline=True)
+    with pytest.raises(CheckpointError, match='is not the name of a repository'):
+        read('hf-hub:a/b/c')
+
+
+@pytest.mark.parametrize(('fault', 'message'), [
+    ({'cut': 1}, 'came|cannot be reached'), ({'shift': 1}, 'the server offers'), ({'shift': -1}, 'the server offers'),
+])
+def test_answers_that_do_not_fit_the_request(hub, fault, message):
+    source = open_target('user/repo')
+    for name, value in fault.items():
+        setattr(hub, name, value)
+    with pytest.raises(CheckpointError, match=message):
+        source.tensors.read([find(source.tensors.shapes).blocks[-1].w_g])
+
+
+@pytest.mark.parametrize('content', [b'', b'\x02', b'\xff' * 8 + b'{}', (10).to_bytes(8, 'little') + b'{"a"'])
+def test_remote_files_that_are_no_safetensors(hub, tmp_path, content):
+    (tmp_path / 'bad').write_bytes(content)
+    hub.files = {COMMITS[0]: {NAME: tmp_path / 'bad'}}
+    with pytest.raises(CheckpointError, match='not a readable safetensors file|empty or truncated'):
+        read()
+
+
+def test_shards_are_opened_only_where_a_block_is(hub, tmp_path):
+    model = timm.create_model('preresnet20_nl_proposed_k2')
+    state, shards = model.state_dict(), {}
+    for name, tensor in state.items():
+        shards.setdefault('1.safetensors' if '.nl.' in name else '2.safetensors', {})[name] = tensor
+    for name, tensors in shards.items():
+        save_file(tensors, tmp_path / name)
+    index = {'weight_map': {name: shard for shard, tensors in shards.items() for name in tensors}}
+    (tmp_path / 'index').write_text(json.dumps(index))
+    hub.files = {COMMITS[0]: {'model.safetensors.index.json': tmp_path / 'index',
+                              **{name: tmp_path / name for name in shards}}}
+    source, records = read()
+    assert records == spectrum(model)
+    assert not any(request.path.endswith('2.safetensors') for request in hub.requests)
+    assert source.tensors.bytes_read == hub.sent
+
+
+def test_a_pickle_is_fetched_only_when_allowed(hub, tmp_path):
+    model = timm.create_model('preresnet20_nl_proposed_k1')
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'pickle')
+    hub.files = {COMMITS[0]: {'pytorch_model.bin': tmp_path / 'pickle'}}
+    with pytest.raises(UnsafePickleError, match='--allow-pickle'):
+        read()
+    assert hub.sent < 100
+    source, records = read(allow_pickle=True)
+    assert source.format == 'pickle' and records == spectrum(model)
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+    from timm_nonlocal.checkpoints.remote import Progress
+    progress = Progress('user/repo/model.safetensors', 3_000_000, after=-1)
+    progress.last -= 1
+    progress.advance(1_000_000)
+    assert capsys.readouterr().err == ''
+    monkeypatch.setattr('sys.stderr.isatty', lambda: True, raising=False)
+    progress.advance(500_000)
+    progress.close()
+    assert 'model.safetensors: 1.5 of 3.0 MB' in capsys.readouterr().err

@@ -1,0 +1,214 @@
+"""Every kind of target, what is read of it, and pickles that want more than tensors."""
+
+import argparse
+import json
+import os
+import pickle
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+from timm_nonlocal import spectrum
+from timm_nonlocal.checkpoints.layouts import find
+from timm_nonlocal.checkpoints.targets import CheckpointError, Options, load_pickle, near_names, open_target
+from timm_nonlocal.checkpoints.tensorfile import HubError, UnsafePickleError
+
+NAME = 'preresnet20_nl_proposed_k2'
+
+
+@pytest.fixture
+def model():
+    return timm.create_model(NAME)
+
+
+def records(source):
+    names = [name for block in find(source.tensors.shapes).blocks for name in block.names]
+    return spectrum(source.tensors.read(names))
+
+
+def same_numbers(source, model):
+    """The keys of the blocks alone say the same as the whole model (θ included)."""
+    found, expected = records(source), spectrum(model)
+    return [record.eigenvalues for record in found] == [record.eigenvalues for record in expected] != []
+
+
+def test_folder_of_a_run(model, tmp_path):
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    for target in (str(tmp_path), f'local-dir:{tmp_path}'):
+        source = open_target(target)
+        assert same_numbers(source, model)
+        assert (source.kind, source.architecture, source.trained, source.repo) == ('dir', NAME, True, None)
+        assert source.file == str(tmp_path / 'model.safetensors')
+    assert source.tensors.bytes_read < source.tensors.bytes_total == (tmp_path / 'model.safetensors').stat().st_size
+
+
+@pytest.mark.parametrize('config', ['', '[]', '{"architecture": 3}', '{"architecture": "os.system"}', None])
+def test_nothing_in_a_config_is_believed(model, tmp_path, config):
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    if config is not None:
+        (tmp_path / 'config.json').write_text(config)
+    assert open_target(str(tmp_path)).architecture is None
+
+
+def test_file_and_shards(model, tmp_path):
+    state = model.state_dict()
+    save_file(state, tmp_path / 'whatever.st')
+    source = open_target(str(tmp_path / 'whatever.st'))
+    assert (source.kind, source.format) == ('file', 'safetensors') and same_numbers(source, model)
+
+    names = sorted(state)
+    for number in range(3):
+        save_file({name: state[name] for name in names[number::3]}, tmp_path / f'{number}.safetensors')
+    (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(
+        {'weight_map': {name: f'{position % 3}.safetensors' for position, name in enumerate(names)}}))
+    assert same_numbers(open_target(str(tmp_path / 'model.safetensors.index.json')), model)
+    source = open_target(str(tmp_path))
+    assert source.kind == 'dir' and same_numbers(source, model)
+    needed = {position % 3 for position, name in enumerate(names) if '.g.' in name or '.z.' in name}
+    assert set(source.tensors.shards) == {f'{number}.safetensors' for number in needed}
+
+
+def test_which_file_of_a_folder(model, tmp_path):
+    save_file(model.state_dict(), tmp_path / 'other.safetensors')
+    with pytest.raises(CheckpointError, match=r'holds no model.safetensors; name one of its files with --file: other'):
+        open_target(str(tmp_path))
+    assert same_numbers(open_target(str(tmp_path), Options(file='other.safetensors')), model)
+
+
+def test_registered_name_without_weights_is_always_the_same_draw():
+    first, second = open_target(NAME), open_target(f'{NAME}.cifar100')
+    assert (first.kind, first.trained, first.architecture) == ('model', False, NAME)
+    assert records(first) == records(second) == records(open_target(NAME))
+
+
+def test_registered_name_with_a_file(model, tmp_path, monkeypatch):
+    save_file(model.state_dict(), tmp_path / 'shipped.safetensors')
+    cfg = timm.models.get_pretrained_cfg(f'{NAME}.cifar10')
+    monkeypatch.setattr('timm_nonlocal.checkpoints.targets.get_pretrained_cfg', lambda *_, **__: type(cfg)(
+        **{**cfg.to_dict(), 'file': str(tmp_path / 'shipped.safetensors')}))
+    source = open_target(f'{NAME}.cifar10')
+    assert source.trained and source.file == str(tmp_path / 'shipped.safetensors') and same_numbers(source, model)
+
+
+def test_registered_name_with_the_weights_of_its_backbone():
+    source = open_target('resnet50_nl_proposed_k5')
+    assert (source.kind, source.trained) == ('model', False) and len(find(source.tensors.shapes).blocks) == 5
+
+
+def test_registered_name_with_weights_on_the_hub():
+    with pytest.raises(HubError, match=r'timm/resnet18\.\w+ is not in the cache'):
+        open_target('resnet18')
+
+
+def test_file_in_the_hubs_cache(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    snapshot = tmp_path / 'models--some--net' / 'snapshots' / ('c' * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / 'models--some--net' / 'refs').mkdir()
+    (tmp_path / 'models--some--net' / 'refs' / 'main').write_text('c' * 40)
+    save_file(model.state_dict(), snapshot / 'model.safetensors')
+    for target in ('some/net', 'hf-hub:some/net', f'some/net@{"c" * 40}', 'https://huggingface.co/some/net',
+                   'https://huggingface.co/some/net/blob/main/model.safetensors'):
+        source = open_target(target)
+        assert (source.kind, source.tensors.mode, source.repo.commit) == ('hub', 'cache', 'c' * 40)
+        assert same_numbers(source, model)
+
+
+@pytest.mark.parametrize(('target', 'message'), [
+    ('preresnet20_nl_proposed_k0', 'no such file, folder or registered name. Did you mean preresnet20_nl_proposed_k'),
+    ('preresnet20.nothing', 'Invalid pretrained tag'), ('a/b/c', 'no such file or folder'),
+    ('gone/model.safetensors', 'no such file or folder'), ('gone.pth', 'no such file or folder'),
+    ('local-dir:gone', 'no such file or folder'), ('local-dir:gone/folder', 'no such file or folder'),
+])
+def test_targets_that_are_not_there(target, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_target(target)
+    assert type(caught.value) is CheckpointError and '\n' not in str(caught.value)
+
+
+def test_near_names():
+    assert near_names('preresnet20_nl_original_k9').startswith(' Did you mean preresnet20_nl_original_k')
+    assert near_names('nothing like it') == ''
+
+
+@pytest.mark.parametrize('group', ['state_dict', 'state_dict_ema', 'model', 'model_ema', 'model_state', None])
+@pytest.mark.parametrize('zipped', [True, False])
+def test_training_checkpoints(model, tmp_path, group, zipped):
+    """As timm and others write them: groups, a Namespace of arguments, prefixes of wrappers."""
+    state = {f'module._orig_mod.{name}': tensor for name, tensor in model.state_dict().items()}
+    content = {group: state, 'epoch': 3, 'args': argparse.Namespace(lr=0.1)} if group else state
+    path = tmp_path / 'checkpoint-3.pth.tar'
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    source = open_target(str(path))
+    assert source.format == 'pickle' and same_numbers(source, model)
+    assert [block.stage for block in find(source.tensors.shapes).blocks] == ['layer1.nl'] * 2
+
+
+def test_averaged_weights_come_first(model, tmp_path):
+    other = timm.create_model(NAME)
+    torch.save({'state_dict': other.state_dict(), 'state_dict_ema': model.state_dict()}, tmp_path / 'last.pth')
+    assert same_numbers(open_target(str(tmp_path / 'last.pth')), model)
+
+
+class Hostile:
+    """Unpickled by whoever trusts it, makes a file."""
+
+    def __init__(self, call, path):
+        self.made = call, (str(path),)
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize('call', [os.mkdir, eval])
+@pytest.mark.parametrize('form', ['zip', 'legacy', *range(pickle.HIGHEST_PROTOCOL + 1)])
+def test_a_hostile_pickle_is_refused_and_not_executed(tmp_path, call, form):
+    mark = tmp_path / 'ran'
+    argument = f'__import__("os").mkdir({str(mark)!r})' if call is eval else mark
+    content = {'state_dict': {'a.g.weight': torch.ones(1, 2)}, 'extra': Hostile(call, argument)}
+    path = tmp_path / 'hostile.pth'
+    if isinstance(form, int):
+        path.write_bytes(pickle.dumps(Hostile(call, argument), protocol=form))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == 'zip')
+    with pytest.raises(UnsafePickleError, match='is refused') as caught:
+        open_target(str(path))
+    assert not mark.exists() and caught.value.code == 5 and '\n' not in str(caught.value)
+    if not isinstance(form, int):  # a load that trusts it does run it
+        torch.load(path, weights_only=False)
+        assert mark.exists()
+
+
+def test_a_whole_module_is_refused(model, tmp_path):
+    torch.save(model, tmp_path / 'model.pt')
+    with pytest.raises(UnsafePickleError, match=r'it asks for timm_nonlocal\.models\.preresnet\.PreResNet'):
+        load_pickle(tmp_path / 'model.pt')
+
+
+@pytest.mark.parametrize('content', [b'', b'PK\x03\x04', b'just some text', b'\x80\x02', b'\0' * 100])
+def test_files_of_something_else(tmp_path, content):
+    (tmp_path / 'file.pth').write_bytes(content)
+    with pytest.raises(CheckpointError, match='nor a readable pickle of tensors|is refused') as caught:
+        open_target(str(tmp_path / 'file.pth'))
+    assert '\n' not in str(caught.value)
+
+
+def test_truncated_pickles(model, tmp_path):
+    for zipped in (True, False):
+        torch.save(model.state_dict(), tmp_path / 'whole.pth', _use_new_zipfile_serialization=zipped)
+        data = (tmp_path / 'whole.pth').read_bytes()
+        for length in (10, 100, len(data) // 2, len(data) - 1):
+            (tmp_path / 'cut.pth').write_bytes(data[:length])
+            with pytest.raises(CheckpointError):
+                load_pickle(tmp_path / 'cut.pth')
+
+
+@pytest.mark.parametrize('content', [[1, 2], {'epoch': 3}, 5, torch.ones(2), {'state_dict': {'a': 1}}])
+def test_pickles_without_a_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / 'file.pth')
+    with pytest.raises(CheckpointError, match='holds no state dict'):
+        load_pickle(tmp_path / 'file.pth')

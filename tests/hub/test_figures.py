@@ -1,0 +1,136 @@
+"""Figures 1 to 4 from made-up runs: what is drawn, what is said of it, and what is named as missing."""
+
+import math
+import shutil
+
+import pytest
+
+from hub import drawing, figures
+from hub.results import PublishError
+from tests.support.weight_files import Zoo, made_up
+from timm_nonlocal import paper
+
+EPOCHS = (36, 82, 125, 164)
+
+
+def top(negative: int, largest_positive: float = 0.3) -> list[float]:
+    """32 eigenvalues by magnitude, so many of them negative, the positive ones smaller than `largest_positive`."""
+    values = [-1.0 / (index + 1) for index in range(negative)]
+    values += [largest_positive / (index + 1) for index in range(32 - negative)]
+    return sorted(values, key=abs, reverse=True)
+
+
+def made_run(architecture: str, *blocks: list[float], loss: float = 0.1, **more) -> dict:
+    kept = [{'epoch': epoch, 'blocks': [{'eigenvalues': block} for block in blocks]} for epoch in EPOCHS]
+    return made_up(architecture, spectra=kept, train_loss=[2.0, 1.0, loss], **more)
+
+
+@pytest.fixture
+def everything() -> list[dict]:
+    """Runs in which all that the paper says holds."""
+    return [made_run(f'preresnet20_nl_original_k{k}', *([top(28)] * k)) for k in (1, 2, 3)] + [
+        made_run('preresnet20_nl_original_k4', *([top(20)] * 3), top(16, 0.9), loss=1.1),
+        made_run('preresnet20_nl_proposed_k4', *([top(9)] * 4))]
+
+
+def panels(drawn) -> list:
+    return [panel for found in drawn.values() for panel in found]
+
+
+def test_all_panels_and_their_captions(everything):
+    drawn = figures.collect(everything, [])
+    assert [len(found) for found in drawn.values()] == [3, 3, 2, 1] and not any(p.missing for p in panels(drawn))
+    assert all('. Agrees' in panel.verdict for panel in panels(drawn)), [p.verdict for p in panels(drawn)]
+    captions = figures.captions(drawn)
+    assert '- (b) 2 blocks: 28 and 28 of the top 32 are negative (16.0 ± 0.' in captions[1]
+    assert '- (c) epoch 125: 28 of the top 32 are negative' in captions[2]
+    assert 'final training loss 0.100, 0.100, 0.100 and 1.100 for 1 to 4 blocks, with 4 11.0 times' in captions[3]
+    assert '- 4 sub-blocks: 23, 23, 23 and 23 of the top 32 are positive' in captions[4]
+
+
+def test_captions_say_what_does_not_agree():
+    runs = [made_run(f'preresnet20_nl_original_k{k}', *([top(16)] * k)) for k in (1, 2, 3, 4)] + [
+        made_run('preresnet20_nl_proposed_k4', top(9), top(9), top(9), top(20))]
+    verdicts = [panel.verdict for panel in panels(figures.collect(runs, []))]
+    assert len(verdicts) == 9 and all('. Does not agree' in verdict for verdict in verdicts), verdicts
+
+
+def test_a_run_that_diverged_is_said_to_have(everything):
+    everything[3]['train_loss'] = [2.0, math.nan, math.nan]
+    assert 'with 4 it diverged' in figures.captions(figures.collect(everything, []))[3]
+
+
+def test_another_recipe_is_said_to_be_one(everything):
+    everything[0]['recipe'] = {**everything[0]['recipe'], 'epochs': 10}
+    drawn = figures.collect(everything, [])
+    assert drawn[1][0].missing == ['weights of preresnet20_nl_original_k1.cifar10'], 'it does not count'
+
+
+def test_the_run_with_the_median_error_stands_for_a_network():
+    runs = [made_run('preresnet20_nl_original_k1', top(negative), seed=seed, error=error)
+            for seed, (negative, error) in enumerate(((20, 8.0), (25, 7.0), (30, 7.5)))]
+    (panel, *_) = figures.collect(runs, [])[1]
+    assert sum(value < 0 for value in panel.series['block 1']) == 30
+
+
+def test_missing_panels_are_named_and_the_others_drawn(everything, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, 'FOLDER', tmp_path)
+    monkeypatch.setattr(figures, 'HUB', tmp_path)
+    monkeypatch.setattr(figures, 'load', lambda: everything[:1])
+    monkeypatch.setattr(figures, 'shipped', lambda runs: [])
+    (tmp_path / 'figure4.png').write_bytes(b'of long ago')
+    del everything[0]['spectra'][1]
+    assert figures.main([]) == 1
+    said = capsys.readouterr().err.splitlines()
+    name = 'preresnet20_nl_original_k{}.cifar10'
+    assert said == [
+        f'missing: Figure 1 (b): weights of {name.format(2)}', f'missing: Figure 1 (c): weights of {name.format(3)}',
+        f'missing: Figure 2 (b): the spectrum after epoch 82 of {name.format(1)}',
+        *(f'missing: Figure 3 (a): the training curve of {name.format(k)}' for k in (2, 3, 4)),
+        f'missing: Figure 3 (b): weights of {name.format(4)}',
+        'missing: Figure 4: weights of preresnet20_nl_proposed_k4.cifar10']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['figure1.png', 'figure2.png', 'figure3.png']
+
+
+def test_pictures_know_their_data(everything, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, 'FOLDER', tmp_path)
+    monkeypatch.setattr(figures, 'HUB', tmp_path / 'hub')
+    drawn = figures.collect(everything, [])
+    for number, found in drawn.items():
+        drawing.figure(figures.picture(number), found, figures.digest(found))
+        first = figures.picture(number).read_bytes()
+        drawing.figure(figures.picture(number), found, figures.digest(found))
+        assert first.startswith(b'\x89PNG') and len(first) > 5000 and figures.picture(number).read_bytes() == first
+    assert figures.stale(drawn) == []
+    everything[4]['spectra'][-1]['blocks'][0]['eigenvalues'] = top(10)
+    assert figures.stale(figures.collect(everything, [])) == [
+        'figure4.png does not show the present data: run python -m hub.figures']
+    assert len(figures.stale(figures.collect([], []))) == 4, 'pictures of nothing'
+
+
+def test_results_that_cannot_be_used(monkeypatch, capsys):
+    def load():
+        raise PublishError('line 3 is not a JSON object')
+    monkeypatch.setattr(figures, 'load', load)
+    assert figures.main([]) == 2 and capsys.readouterr().err == 'error: line 3 is not a JSON object\n'
+
+
+def test_the_command_draws_shipped_weights(zoo, tmp_path):
+    """Figure 4 of the zoo's own weights; all else is missing."""
+    picture, other = zoo.root / 'hub/figures/figure4.png', Zoo(tmp_path / 'copy')
+    shutil.copytree(zoo.root, other.root)
+    done = other.run('-c', 'import sys; from hub import cards, figures\n'
+                           'print(cards.main(["--check"]), figures.main([]))\n'
+                           'figures.picture(4).unlink(); print(cards.main(["--check"]))')
+    assert done.stdout == 'hub/figures/figure4.png\n0 1\n1\n', done.stderr
+    *missing, drift = done.stderr.splitlines()
+    assert len(missing) == 11 and not any('Figure 4' in line for line in missing)
+    assert drift == 'hub/figures/figure4.png does not show the present data: run python -m hub.figures'
+    assert [path.name for path in picture.parent.iterdir()] == [picture.name]
+    card = (zoo.root / 'MODEL_CARD.md').read_text()
+    assert 'preresnet20_nl_proposed_k4: epochs 2 in place of 164' in card and '![Figure 4](hub/figures/fig' in card
+
+
+def test_every_panel_names_a_network_of_the_zoo():
+    names = {name for figure in paper.FIGURES for panel in figure.panels for name in panel.architectures}
+    assert names == {*(f'preresnet20_nl_original_k{k}' for k in (1, 2, 3, 4)), 'preresnet20_nl_proposed_k4'}

@@ -1,0 +1,336 @@
+"""The stage's operator against the plain path in float64, on inputs drawn anew in every run."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.stage.check import (
+    TOLERANCE,
+    bound,
+    chain_written_out,
+    errors,
+    outputs,
+    reference,
+    relative,
+    written_out,
+)
+from tests.support.process import ROOT, run
+from timm_nonlocal import NonlocalBlock, NonlocalStage
+from timm_nonlocal.ops import products as ops_products
+from timm_nonlocal.ops.stage import nonlocal_stage
+
+C = 64
+GPU = pytest.param('cuda', marks=pytest.mark.gpu)
+DEVICES = pytest.mark.parametrize('device', ['cpu', GPU])
+
+
+@pytest.fixture(autouse=True)
+def fresh(seeded):
+    """Replaces the fixed seed by a new one, which a failing test shows."""
+    print('torch.manual_seed', torch.seed())
+
+
+def scaled(module, x, largest):
+    """Sets the scale so that the largest logit in magnitude is as asked."""
+    q, k = copy.deepcopy(module).double().embed(x.double().flatten(2).transpose(1, 2))
+    module.affinity.scale = largest / (q @ k.transpose(1, 2)).abs().max().item()
+
+
+def compared(module, x):
+    """Outputs and gradients: ours, those with A written out, and those of float64."""
+    dz = torch.randn_like(x)
+    return outputs(module, x, dz), outputs(written_out(module), x, dz), reference(module, x, dz)
+
+
+def assert_accurate(module, x):
+    ours, plain, expected = compared(module, x)
+    most = bound(x.dtype, plain, expected)
+    for name, error, bounded in zip(('Z', 'dX', 'dW'), errors(ours, expected), most, strict=True):
+        assert error <= bounded, name
+
+
+@DEVICES
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('logits', [None, 100.0], ids=['as drawn', 'to 100'])
+@pytest.mark.parametrize(('shape', 'k'), [
+    ((2, C, 16, 16), 5), ((2, C, 16, 16), 1), ((3, C, 7, 11), 2), ((1, C, 33, 31), 3),
+    ((2, C, 16, 16), None), ((3, C, 7, 11), None)])
+def test_accuracy(device, dtype, logits, shape, k):
+    """k sub-blocks; none stands for the original block."""
+    module = (NonlocalStage(C, k) if k else NonlocalBlock(C)).to(device, dtype)
+    x = torch.randn(shape, dtype=dtype, device=device)
+    if logits:
+        scaled(module, x, logits)
+    assert_accurate(module, x)
+
+
+@DEVICES
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('options', [dict(symmetric=True), dict(affinity='gaussian', scale=0.02),
+                                     dict(inner_dim=20), dict(affinity='gaussian', scale=0.02, inner_dim=80)], ids=str)
+def test_accuracy_of_options(device, dtype, options):
+    for module in (NonlocalStage(C, 3, **options), NonlocalBlock(C, **options)):
+        assert_accurate(module.to(device, dtype), torch.randn(2, C, 9, 10, dtype=dtype, device=device))
+
+
+@DEVICES
+@pytest.mark.parametrize('size', [1.0, 4.0])
+@pytest.mark.parametrize('make', [
+    lambda: NonlocalStage(C, 5), lambda: NonlocalStage(C, 1), lambda: NonlocalStage(C, 3, symmetric=True),
+    lambda: NonlocalBlock(C), lambda: NonlocalBlock(C, symmetric=True)],
+    ids=['k = 5', 'k = 1', 'k = 3, shared', 'block', 'block, shared'])
+def test_autocast_errs_no_more_than_with_the_affinity_written_out(device, make, size):
+    """Against float64, never more than 1.3 times as much, in every output and gradient."""
+    module, x = make().to(device), size * torch.randn(2, C, 32, 32, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        ours, plain, expected = compared(module, x)
+    for error, most in zip(errors(ours, expected), errors(plain, expected), strict=True):
+        assert error <= 1.3 * most
+
+
+@DEVICES
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', [(2, C, 1, 1), (2, C, 16, 16)], ids=['one position', 'all equal'])
+def test_inputs_without_differences(device, dtype, shape):
+    """Zᵏ = X, dX = dZ summed as eq. (8) has it, and no weight matters: errors are measured against what is summed."""
+    module = NonlocalStage(C, 3).to(device, dtype)
+    x = torch.randn(*shape[:2], 1, 1, dtype=dtype, device=device).expand(shape).contiguous()
+    dz = torch.randn_like(x)
+    (z, dx, dw), (_, expected, _) = outputs(module, x, dz), reference(module, x, dz)
+    assert relative(z, x.double()) <= TOLERANCE[dtype]
+    assert relative(dx, expected) <= TOLERANCE[dtype]
+    assert dw.double().norm() <= TOLERANCE[dtype] * x.double().norm() * dz.double().norm()
+
+
+@DEVICES
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('size', [1e-30, 1e3, 1e6, 1e9])
+def test_no_nan_where_the_logits_are_finite(device, dtype, size):
+    """As long as attention's gradients made A from the logarithm of its row sums, the block's were NaN from 1e6 on."""
+    for module in (NonlocalStage(C, 2), NonlocalBlock(C)):
+        x = (torch.randn(2, C, 32, 32, device=device) * size).to(dtype)
+        x[0, :, 2] = 0
+        assert all(z.isfinite().all() for z in outputs(module.to(device, dtype), x, torch.randn_like(x)))
+
+
+@pytest.mark.parametrize('block', [1, 5000, 1 << 22])
+@pytest.mark.parametrize('keep', [0, 1 << 26])
+@pytest.mark.parametrize('positions', [(4, 5), (10, 13)])
+def test_blocks_of_rows_and_chunks_of_images(monkeypatch, block, keep, positions):
+    monkeypatch.setitem(ops_products.BLOCK_BYTES, 'cpu', block)
+    monkeypatch.setitem(ops_products.KEEP_BYTES, 'cpu', keep)
+    assert_accurate(NonlocalStage(C, 3).double(), torch.randn(5, C, *positions, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('logits', [5.0, 100.0])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_products_of_low_precision_operands(dtype, logits):
+    """What a GPU without Triton does: operands in 16 bits, sums in float32, H and A rounded."""
+    b, m, d, c, k = 2, 90, 32, 32, 3
+    q, keys, g, dh = (torch.randn(b, m, width).to(dtype) for width in (d, d, k * c, k * c))
+    t = (torch.randn(k * c, k * c) / (2 * c ** 0.5)).to(dtype)
+    scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
+    expected = chain_written_out(q, keys, g, t, c, scale, dh)
+    chain = ops_products.ProductChain(q, m, c, scale)
+    chain.dtype, chain.sums, chain.one_by_one = dtype, torch.float32, False
+    h, dq, dk, dg = (torch.full_like(z, float('nan')) for z in (dh, q, keys, g))
+    chain.forward(q, keys, g, h, None, t)
+    chain.backward(q, keys, g, h, None, t, dh, dq, dk, dg)
+    for got, value in zip((h, dq, dk, dg), expected, strict=True):
+        assert relative(got, value) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize('k', [1, 5])
+def test_what_is_kept_for_the_backward_pass(k):
+    """No M×M matrix, and where asked nothing but x and the weights."""
+    x = torch.randn(1, C, 32, 32, requires_grad=True)
+    for recompute in (False, True):
+        module, kept = NonlocalStage(C, k, recompute=recompute), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z.numel()) or z, lambda z: z):  # noqa: B023
+            module(x)
+        weights = sum(p.numel() for p in module.parameters())
+        assert max(kept) < 1024 ** 2
+        assert not recompute or sum(kept) == x.numel() + weights
+
+
+@pytest.mark.parametrize('frugal', [1, 1 << 20, 1 << 30])
+def test_recomputing_changes_nothing(monkeypatch, frugal):
+    monkeypatch.setattr('timm_nonlocal.ops.stage.FRUGAL_BYTES', frugal)
+    module, x = NonlocalStage(C, 3), torch.randn(5, C, 6, 6)
+    dz = torch.randn_like(x)
+    before = outputs(module, x, dz)
+    module.recompute = True
+    for a, b in zip(before, outputs(module, x, dz), strict=True):
+        assert relative(a, b.double()) < 1e-6
+
+
+def test_one_closing_pass_whatever_k_is(monkeypatch):
+    """Of the products of the backward pass, two give an M×M matrix: A again, and dA."""
+    square = []
+    product = ops_products.ProductChain._product
+
+    def counted(self, a, b, *args, **kwargs):
+        result = product(self, a, b, *args, **kwargs)
+        square.append(result.shape[1:] == (64, 64))
+        return result
+
+    monkeypatch.setattr(ops_products.ProductChain, '_product', counted)
+    for k in (1, 2, 6):
+        z = NonlocalStage(C, k)(torch.randn(1, C, 8, 8, requires_grad=True))
+        square.clear()
+        z.sum().backward()
+        assert sum(square) == 2
+
+
+def test_operations_are_counted():
+    """Forward as in test_preresnet; the backward pass makes A again and does everything else twice."""
+    b, m, c, k = 2, 64, 32, 3
+    logits, applied, inner = b * m * m * c, b * m * m * c * k, k * (k - 1) // 2 * c * c * (b * m + C)
+    forward = 2 * (logits + applied + b * m * C * c * (2 + 2 * k) + inner)
+    for recompute in (False, True):
+        module, x = NonlocalStage(C, k, recompute=recompute), torch.randn(b, C, 8, 8, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            z = module(x)
+            assert counter.get_total_flops() == forward
+            z.sum().backward()
+        assert counter.get_total_flops() == 3 * forward + (forward if recompute else 2 * logits)
+
+
+def test_second_derivative_is_refused():
+    x = torch.randn(1, C, 4, 4, requires_grad=True)
+    gradient, = torch.autograd.grad(NonlocalStage(C, 2)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='no second derivative in their merged form: use merged=False'):
+        gradient.sum().backward()
+    plain, = torch.autograd.grad(NonlocalStage(C, 2, merged=False)(x).square().sum(), x, create_graph=True)
+    plain.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_one_dtype():
+    with pytest.raises(TypeError, match=r'x is torch\.float64 and the weights are torch\.float32: use autocast'):
+        NonlocalStage(C, 2)(torch.randn(1, C, 4, 4, dtype=torch.float64))
+
+
+@DEVICES
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('make', [lambda: NonlocalStage(C, 3), lambda: NonlocalBlock(C)], ids=['stage', 'block'])
+def test_autocast(device, dtype, make):
+    """The result has x's dtype or wider, as on the plain path, and the gradients those of what they belong to."""
+    module, x = make().to(device), torch.randn(2, C, 8, 8, dtype=dtype, device=device, requires_grad=True)
+    expected = reference(module, x, torch.ones_like(x))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        z = module(x)
+        module.merged = False
+        assert z.dtype == module(x).dtype == dtype
+    z.sum().backward()
+    assert x.grad.dtype == dtype and all(p.grad.dtype == torch.float32 for p in module.parameters())
+    got = z.detach(), x.grad, torch.cat([p.grad.flatten() for p in module.parameters()])
+    for a, b in zip(got, expected, strict=True):
+        assert relative(a, b) <= 2e-2  # Q and K are rounded, and the sum of dZ is what it is
+
+
+@DEVICES
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('recompute', [False, True])
+def test_gradient_checkpointing(device, reentrant, recompute):
+    module, x = NonlocalStage(C, 3, recompute=recompute).to(device), torch.randn(2, C, 6, 6, device=device)
+    x.requires_grad_()
+    wanted = [x, *module.parameters()]
+    results = []
+    for z in (module(x), checkpoint(module, x, use_reentrant=reentrant)):
+        z.square().sum().backward()
+        results.append([p.grad for p in wanted])
+        module.zero_grad()
+        x.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize('fmt', [torch.contiguous_format, torch.channels_last])
+def test_inference_gives_the_same_and_keeps_the_memory_format(context, fmt):
+    module, x = NonlocalStage(C, 3), torch.randn(2, C, 6, 7).to(memory_format=fmt)
+    expected = module(x)
+    with context():
+        z = module(x)
+    assert torch.equal(z, expected) and z.is_contiguous(memory_format=fmt)
+
+
+def test_frozen_parts():
+    """Gradients for some of the inputs only."""
+    module, x = NonlocalStage(C, 2), torch.randn(1, C, 4, 4)
+    module.theta.requires_grad_(False)
+    module(x).sum().backward()
+    assert module.theta.weight.grad is None and module.phi.weight.grad is not None and x.grad is None
+
+
+def test_no_image():
+    x = torch.randn(0, C, 4, 4, requires_grad=True)
+    z = NonlocalStage(C, 2)(x)
+    z.sum().backward()
+    assert z.shape == x.grad.shape == x.shape
+
+
+@DEVICES
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('difference', [False, True])
+def test_operator_is_well_formed(device, recompute, difference):
+    """Schema, shapes of fake tensors, autograd registration and compilation, as torch checks them."""
+    w_in, w_out = (torch.randn(shape, device=device, requires_grad=True) for shape in ((4 * 8, 16), (16, 2 * 8)))
+    x = torch.randn(3, 5, 16, device=device, requires_grad=True)
+    options = 8, 2, 0.3, difference, not recompute, recompute
+    torch.library.opcheck(torch.ops.timm_nonlocal.stage, (x, w_in, w_out, *options))
+
+
+@pytest.mark.parametrize('module', [NonlocalStage(C, 3), NonlocalStage(C, 2, recompute=True), NonlocalBlock(C),
+                                    NonlocalStage(C, 2, affinity='positive_dot_product')], ids=str)
+def test_compile(module):
+    """In one graph, with batches of two sizes."""
+    compiled = torch.compile(module, backend='aot_eager', fullgraph=True)
+    for batch in (2, 3):
+        x = torch.randn(batch, C, 6, 6)
+        for a, b in zip(outputs(compiled, x, torch.ones_like(x)), outputs(module, x, torch.ones_like(x)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('affinity', ['embedded_gaussian', 'dot_product', 'positive_dot_product', 'uniform'])
+@pytest.mark.parametrize('make', [NonlocalStage, NonlocalBlock])
+def test_graphs_for_other_runtimes_hold_plain_operators(make, affinity):
+    module, x = make(C, affinity=affinity).eval(), torch.randn(2, C, 6, 6)
+    expected = module(x)
+    exported = torch.export.export(module, (x,))
+    graphs = [torch.jit.script(module), torch.jit.trace(module, x), exported.module(), torch.fx.symbolic_trace(module)]
+    for graph in graphs:
+        torch.testing.assert_close(graph(x), expected, rtol=1e-5, atol=1e-5)
+    for graph in (graphs[0].inlined_graph, graphs[1].inlined_graph, exported.graph):
+        assert 'timm_nonlocal::' not in str(graph) and 'timm_nonlocal.stage' not in str(graph)
+
+
+def test_symbolic_tracing_writes_the_plain_formulas():
+    """So that the traced graph can be scripted."""
+    module, x = NonlocalStage(C, 2), torch.randn(2, C, 3, 4)
+    traced = torch.fx.symbolic_trace(module)
+    assert nonlocal_stage not in [node.target for node in traced.graph.nodes]
+    torch.testing.assert_close(torch.jit.script(traced)(x), module(x))
+
+
+@pytest.mark.parametrize('affinity', ['dot_product', 'positive_dot_product', 'uniform', 'identity'])
+def test_linear_memory(affinity):
+    """M = 50,176, where one M×M matrix would take 10 GB: a step allocates less than 0.5 GB for the stage of k = 2."""
+    module = NonlocalStage(8, 2, affinity=affinity)
+    x = torch.randn(1, 8, 224, 224, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        module(x).sum().backward()
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert 0 < allocated < 5e8
+
+
+def test_triton_kernels_through_the_interpreter():
+    """`test_triton_backend.py` on the CPU, where Triton is there."""
+    pytest.importorskip('triton')
+    environment = {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}  # many small products
+    result = run('-m', 'pytest', '-q', str(ROOT / 'tests' / 'ops' / 'test_triton_backend.py'), env=environment)
+    assert result.returncode == 0, result.stdout
+    assert ' passed' in result.stdout and 'skipped' not in result.stdout

@@ -1,0 +1,173 @@
+"""The Triton kernels: on a GPU as they are, elsewhere through Triton's interpreter, in a process of its own.
+
+The interpreter must be chosen before Triton is imported, so `test_stage.py` runs this file with TRITON_INTERPRET=1.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+
+from benchmarks.stage.check import TOLERANCE, bound, chain_written_out, errors, relative
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip('no CUDA device; test_stage.py runs this file through the interpreter', allow_module_level=True)
+DEVICE = 'cpu' if INTERPRETED else 'cuda'
+DTYPES = [torch.bfloat16, torch.float16] + [torch.float32] * INTERPRETED  # tensor cores would round float32
+# dtype, largest logit, deterministic, and whether H is A G - G or A G
+CASES = [*((dtype, 5.0, False, True) for dtype in DTYPES), (torch.bfloat16, 100.0, False, True),
+         (torch.bfloat16, 100.0, True, True), (torch.bfloat16, 100.0, False, False)]
+
+
+@pytest.fixture(autouse=True)
+def fresh(seeded):
+    """Replaces the fixed seed by a new one, which a failing test shows."""
+    print('torch.manual_seed', torch.seed())
+
+
+@pytest.fixture(autouse=True, scope='module')
+def a_better_interpreter():
+    """The interpreter cuts bfloat16 off where a GPU rounds to nearest, and multiplies its bits as whole numbers; up to
+    Triton 3.6 it takes an array of one number for a number, which newer numpy refuses.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    cast, dot, prepare = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
+
+    def rounding_cast(self, source, to):
+        if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, to)
+        rounded = torch.from_numpy(source.data.copy()).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.uint16).numpy(), to.scalar)
+
+    def wide_dot(self, a, b, *others):
+        a, b = (cast(self, z, tl.float32) if z.dtype.scalar == tl.bfloat16 else z for z in (a, b))
+        return dot(self, a, b, *others)
+
+    def prepare_with_index(tensor, *scope):
+        prepare(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, '_patch_lang_tensor', prepare_with_index)
+        patch.setattr(InterpreterBuilder, 'cast_impl', rounding_cast)
+        patch.setattr(InterpreterBuilder, 'create_dot', wide_dot)
+        yield
+
+
+def operands(dtype, images, positions, dim, inner, k):
+    """Q, K, G⁰ as views of one tensor, T and dH."""
+    projected = torch.randn(images, positions, 2 * dim + k * inner, device=DEVICE).to(dtype)
+    t = (torch.randn(k * inner, k * inner, device=DEVICE) / (2 * inner ** 0.5)).to(dtype)
+    dh = torch.randn(images, positions, k * inner, device=DEVICE).to(dtype)
+    return projected, t, dh
+
+
+def split(projected, dim):
+    return projected[:, :, :dim], projected[:, :, dim:2 * dim], projected[:, :, 2 * dim:]
+
+
+def chain(projected, t, dh, dim, inner, scale, deterministic=False, difference=True):
+    """H, dQ, dK and dG⁰; every output starts as NaN."""
+    from timm_nonlocal.ops.triton_backend import TritonChain
+    own = TritonChain(projected, projected.shape[1], inner, scale, difference)
+    projected, dh = projected.clone(), dh.clone()
+    nan = float('nan')
+    h = torch.full((*dh.shape[:2], own.halves * dh.shape[2]), nan, dtype=dh.dtype, device=DEVICE)
+    rows = torch.full((*dh.shape[:2], own.statistics), nan, device=DEVICE)
+    gradient = torch.full_like(projected, nan)
+    own.forward(*split(projected, dim), h, rows, t)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        own.backward(*split(projected, dim), h, rows, t, dh, *split(gradient, dim))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return h[:, :, :dh.shape[2]], *split(gradient, dim)
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+@pytest.mark.parametrize(('images', 'positions', 'dim', 'inner', 'k'), [
+    (2, 64, 32, 32, 5),  # tiles that fit
+    (1, 150, 32, 32, 2),  # rows left over
+    (2, 37, 24, 20, 3),  # and columns
+    (1, 70, 64, 16, 1),
+    (1, 33, 16, 40, 6),  # too many maps to hold
+    (1, 33, 128, 128, 2),
+])
+def test_accuracy(case, images, positions, dim, inner, k):
+    dtype, logits, deterministic, difference = case
+    projected, t, dh = operands(dtype, images, positions, dim, inner, k)
+    q, keys, g = split(projected, dim)
+    scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
+    plain, expected = (chain_written_out(q, keys, g, t, inner, scale, dh, difference, kind)
+                       for kind in (dtype, torch.float64))
+    got = chain(projected, t, dh, dim, inner, scale, deterministic, difference)
+    for name, error, most in zip(('H', 'dQ', 'dK', 'dG'), errors(got, expected), bound(dtype, plain, expected),
+                                 strict=True):
+        assert error <= most, name
+
+
+def test_deterministic_runs_agree_in_every_bit():
+    projected, t, dh = operands(torch.bfloat16, 2, 100, 32, 32, 2)
+    first, second = (chain(projected, t, dh, 32, 32, 0.2, deterministic=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('positions', [1, 96])
+def test_inputs_without_differences(dtype, positions):
+    """H = 0; the errors of what is zero are measured against what cancels."""
+    projected, t, dh = operands(dtype, 2, positions, 32, 32, 2)
+    projected[:] = projected[:, :1]
+    expected = chain_written_out(*split(projected, 32), t, 32, 0.2, dh)
+    h, dq, dk, dg = chain(projected, t, dh, 32, 32, 0.2)
+    assert h.double().norm() <= TOLERANCE[dtype] * projected.double().norm()
+    assert (dg.double() - expected[3]).norm() <= TOLERANCE[dtype] * dh.double().norm()
+    for z in (dq, dk):
+        assert z.double().norm() <= TOLERANCE[dtype] * projected.double().norm() * dh.double().norm()
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_constants_are_fixed_points(dtype):
+    """A rounded to 16 bits still has rows that sum to one: where G is constant, H vanishes as in float32."""
+    projected, t, dh = operands(dtype, 1, 100, 32, 32, 1)
+    projected[:, :, 64:] = projected[:, :1, 64:]
+    h = chain(projected, t, dh, 32, 32, 1.0)[0]
+    assert h.abs().max() <= 1e-5 * projected[:, :, 64:].abs().max()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16] + [torch.float32] * INTERPRETED)
+@pytest.mark.parametrize('size', [1e-30, 1e6, 1e15])
+def test_no_nan_where_the_logits_are_finite(dtype, size):
+    projected, t, dh = operands(dtype, 1, 40, 16, 16, 2)
+    projected[:, :, :32] *= size
+    projected[:, 3] = 0
+    assert all(z.isfinite().all() for z in chain(projected, t, dh, 16, 16, 0.25))
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('options', [dict(), dict(symmetric=True), dict(affinity='gaussian', scale=0.02)], ids=str)
+def test_block_and_stage(monkeypatch, recompute, options):
+    """The whole operator with this chain, some images at a time."""
+    from timm_nonlocal import NonlocalBlock, NonlocalStage
+    from timm_nonlocal.ops import stage as ops
+    from timm_nonlocal.ops.triton_backend import TritonChain
+    monkeypatch.setattr(ops, 'choose_chain', lambda *_: TritonChain)
+    monkeypatch.setattr(ops, 'FRUGAL_BYTES', 1 << 18)
+    x = torch.randn(5, 32, 6, 7, dtype=torch.bfloat16, device=DEVICE)
+    dz = torch.randn_like(x)
+    modules = [NonlocalStage(32, 2, recompute=recompute, **options)] + [NonlocalBlock(32, **options)] * (not recompute)
+    for module in modules:
+        exact = copy.deepcopy(module.to(DEVICE, torch.bfloat16)).double()
+        exact.merged, results = False, []
+        for part, dtype in ((module, torch.bfloat16), (exact, torch.float64)):
+            z = part(leaf := x.to(dtype).requires_grad_())
+            results.append([z.detach(), *torch.autograd.grad(z, [leaf, *part.parameters()], dz.to(dtype))])
+        for a, b in zip(*results, strict=True):
+            assert relative(a, b) <= 1e-2

@@ -1,0 +1,204 @@
+"""Fine-tuning: trained weights to start from, the recipe `ft`, and the test set every few epochs."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import timm_nonlocal  # noqa: F401
+from tests.support.training import random_images, result, same_course
+from timm_nonlocal.recipes import FINE_TUNING
+from train.cifar import main, parse, spectrum_epochs, usable_cores
+from train.engine.data import batch, load, whole_plan
+from train.engine.loop import Trainer
+from train.records.runs import Run, Start
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+MODEL = 'preresnet20_nl_proposed_k2'
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """A file with the weights of a plain preresnet20, its running statistics not those of a new one."""
+    torch.manual_seed(5)
+    model = timm.create_model('preresnet20')
+    model(torch.randn(8, 3, 32, 32))
+    save_file(model.state_dict(), tmp_path / 'backbone.safetensors')
+    return tmp_path / 'backbone.safetensors'
+
+
+def tune(data, folder, start, *more, model=MODEL):
+    return main(['--model', model, '--recipe', 'ft', '--start', str(start), '--batch-size', '32', '--epochs', '2',
+                 '--threads', '1', '--data-dir', str(data), '--output-dir', str(folder), *more])
+
+
+@pytest.mark.parametrize('architecture', [MODEL, 'preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k1x3'])
+def test_it_starts_as_the_backbone(backbone, architecture):
+    run = Run(architecture, recipe=FINE_TUNING, start=Start('backbone', '0'))
+    trainer, x = Trainer([run], random_images(128), random_images(4)), torch.randn(2, 3, 32, 32)
+    trainer.start_from(load_file(backbone))
+    plain = timm.create_model('preresnet20', checkpoint_path=str(backbone)).eval()
+    network = trainer.learners[0].bare.eval()
+    torch.testing.assert_close(network(x), plain(x))
+    drawn = run.build().state_dict()
+    for name, value in network.state_dict().items():
+        if '.nl.' in name:
+            assert torch.equal(value, drawn[name] * (0 if name.endswith('.z.weight') else 1)), name
+
+
+def test_cut_and_continued_to_the_same_bits(small_cifar_here, backbone, tmp_path, monkeypatch):
+    assert tune(small_cifar_here, tmp_path / 'whole', backbone) == 0
+    record = result(tmp_path / 'whole')
+    assert record['start']['name'] == 'backbone.safetensors' and record['recipe_name'] == 'ft'
+    assert record['recipe_id'] == 'ft epochs=2 batch_size=32'
+    step, steps = Trainer._look_up, []
+
+    def cut(self, stop, *args):
+        steps.append(1)
+        stop.signalled = len(steps) == 6  # in the second epoch
+        return step(self, stop, *args)
+
+    monkeypatch.setattr(Trainer, '_look_up', cut)
+    assert tune(small_cifar_here, tmp_path / 'cut', backbone) == 130
+    assert tune(small_cifar_here, tmp_path / 'cut', backbone, '--resume', 'auto') == 0
+    assert same_course(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def test_other_weights_are_another_run(small_cifar_here, backbone, tmp_path, capsys):
+    assert tune(small_cifar_here, tmp_path / 'run', backbone) == 0
+    other = {name: value + 1 if value.is_floating_point() else value for name, value in load_file(backbone).items()}
+    save_file(other, backbone)
+    assert tune(small_cifar_here, tmp_path / 'run', backbone, '--resume', 'auto') == 2
+    assert 'holds another run (its start is' in capsys.readouterr().err
+
+
+def test_the_same_weights_under_another_name_are_the_same_run(small_cifar_here, backbone, tmp_path):
+    assert tune(small_cifar_here, tmp_path / 'run', backbone) == 0
+    shutil.copy(backbone, tmp_path / 'copy.safetensors')
+    assert tune(small_cifar_here, tmp_path / 'run', tmp_path / 'copy.safetensors', '--resume', 'auto') == 0
+    assert Start('a', '1') == Start('b', '1') != Start('a', '2')
+
+
+def test_a_run_is_a_start(small_cifar_here, backbone, tmp_path):
+    assert tune(small_cifar_here, tmp_path / 'plain', backbone, model='preresnet20') == 0
+    assert tune(small_cifar_here, tmp_path / 'nonlocal', tmp_path / 'plain') == 0
+    assert result(tmp_path / 'nonlocal')['start'] == {'name': 'plain', 'sha256': result(tmp_path / 'plain')['sha256']}
+
+
+def refused(capsys, code):
+    assert code == 2
+    line, = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_is_no_start(small_cifar_here, backbone, tmp_path, capsys):
+    folder = tmp_path / 'run'
+    assert 'preresnet20_nl_proposed_k6' in refused(
+        capsys, tune(small_cifar_here, folder, 'preresnet20_nl_proposed_k6.cifar100'))
+    assert 'no-such-file' in refused(capsys, tune(small_cifar_here, folder, 'no-such-file'))
+    (tmp_path / 'empty').mkdir()
+    assert 'empty' in refused(capsys, tune(small_cifar_here, folder, tmp_path / 'empty'))
+    assert 'does not fit preresnet20_nl_proposed_k2: size mismatch for fc.bias' in refused(
+        capsys, tune(small_cifar_here, folder, backbone, '--model-kwargs', 'num_classes=7'))
+    save_file({**load_file(backbone), 'layer9.weight': torch.zeros(1)}, backbone)
+    assert 'is not the backbone of preresnet20_nl_proposed_k2: layer9.weight' in refused(
+        capsys, tune(small_cifar_here, folder, backbone))
+    assert not folder.exists()
+
+
+def test_every_field_of_a_recipe_is_an_option():
+    given = ['--epochs', '3', '--batch-size', '7', '--lr', '0.2', '--milestones', '1', '2', '--gamma', '0.5',
+             '--momentum', '0.8', '--weight-decay', '0.1', '--no-nesterov', '--warmup', '0.25', '--anneal', 'steps',
+             '--mean', 'image']
+    recipe = parse(['--recipe', 'ft', *given]).recipe
+    assert recipe.changes(FINE_TUNING).keys() == FINE_TUNING.to_dict().keys()
+    assert parse(['--recipe', 'ft', '--lr', '0.1']).recipe.changes(FINE_TUNING) == {'lr': 0.1}
+    assert parse(['--recipe', 'ft']).recipe == FINE_TUNING
+
+
+@pytest.mark.parametrize(('options', 'epochs'), [
+    ([], [36, 82, 125, 164]), (['--recipe', 'short'], [4, 8, 12, 16]), (['--epochs', '1'], [1]),
+    (['--spectrum-epochs'], []), (['--spectrum-epochs', '5'], [5])])
+def test_spectra_are_kept_at_the_fractions_of_figure_2(options, epochs):
+    assert spectrum_epochs(parse(options)) == epochs
+
+
+def test_the_test_set_every_few_epochs(small_cifar_here, tmp_path):
+    more = ['--model', MODEL, '--epochs', '5', '--batch-size', '60', '--threads', '1', '--data-dir',
+            str(small_cifar_here), '--output-dir', str(tmp_path / 'run'), '--test-every', '2']
+    assert main(more) == 0
+    record = result(tmp_path / 'run')
+    assert [error is None for error in record['test_error']] == [True, False, True, False, False]
+    assert record['final_error'] == record['test_error'][-1] and record['best_epoch'] in (2, 4, 5)
+    assert all(loss is not None for loss in record['train_loss'])
+
+
+def test_the_mean_colour_is_timms_preprocessing(small_cifar_here):
+    from timm.data import create_transform, resolve_data_config
+    from torchvision.datasets import CIFAR10
+    images = load('cifar10', small_cifar_here, mean='colour')[1]
+    model = timm.create_model('preresnet20')
+    data = CIFAR10(small_cifar_here, train=False,
+                   transform=create_transform(**resolve_data_config(model=model), is_training=False))
+    ours = batch(images, whole_plan(len(images)))[0]
+    assert torch.equal(ours, torch.stack([x for x, _ in data]))
+
+
+def test_a_run_that_diverges_ends_within_some_steps(small_cifar_here, tmp_path):
+    folder = tmp_path / 'run'
+    assert main(['--model', 'preresnet20', '--lr', '1e30', '--epochs', '3', '--batch-size', '2', '--threads', '1',
+                 '--data-dir', str(small_cifar_here), '--output-dir', str(folder)]) == 0
+    record = result(folder)
+    assert (record['diverged_epoch'], record['diverged_step']) == (1, 32) and record['steps'] == 32
+    assert record['train_loss'] == [None] and record['final_error'] is not None
+
+
+def test_a_state_of_before_is_continued(small_cifar_here, tmp_path, monkeypatch):
+    """One that lacks the newer fields of a run and a recipe."""
+    options = ['--model', 'preresnet20', '--epochs', '2', '--batch-size', '60', '--threads', '1', '--data-dir',
+               str(small_cifar_here), '--resume', 'auto', '--output-dir']
+    assert main([*options, str(tmp_path / 'whole')]) == 0
+    from train.records import state
+    saved = state.save
+
+    def older(path, tensors, progress):
+        progress = json.loads(json.dumps(progress))
+        for kept in progress['runs']:
+            del kept['run']['start'], kept['run']['test_every']
+            for key in ('nesterov', 'warmup', 'anneal', 'mean'):
+                del kept['run']['recipe'][key]
+            for row in kept['history']:
+                del row['step']
+        saved(path, tensors, progress)
+
+    monkeypatch.setattr(state, 'save', older)
+    step, steps = Trainer._look_up, []
+
+    def cut(self, stop, *args):
+        steps.append(1)
+        stop.signalled = len(steps) == 3
+        return step(self, stop, *args)
+
+    monkeypatch.setattr(Trainer, '_look_up', cut)
+    assert main([*options, str(tmp_path / 'cut')]) == 130
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        from torchvision.datasets import CIFAR10
+
+        from tests.support.small_data import accepted
+        for name, value in accepted(CIFAR10, small_cifar_here / 'md5.json').items():
+            patch.setattr(CIFAR10, name, value)
+        assert main([*options, str(tmp_path / 'cut')]) == 0
+    assert same_course(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def test_threads_follow_the_process(monkeypatch):
+    """OMP_NUM_THREADS and the affinity mask, not the machine."""
+    monkeypatch.setattr('os.sched_getaffinity', lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    assert usable_cores() == 3
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')  # the fixture has set torch to one
+    assert usable_cores() == 1

@@ -1,0 +1,1 @@
+"""What weights say and what features do: functions of tensors and models."""

@@ -1,0 +1,7 @@
+"""python -m timm_nonlocal.inspect"""
+
+import sys
+
+from .command import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Nonlocal blocks and stages, their affinities, and how they get into a network."""

@@ -1,0 +1,268 @@
+"""The original nonlocal block, eq. (1), and the nonlocal stage, eq. (8)-(9).
+
+Tao, Sun, Du, Liu, "Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling", NeurIPS 2018. Neither has a
+normalisation, an activation or a bias: both are linear in Z once the affinity is known, and what they learn is read
+from the spectrum of W = W_Z W_g alone.
+
+Shapes: X is (B, C, *grid) outside and (B, M, C) inside, with M positions; C' is `inner_dim`, C/2 by default.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from ..ops.stage import nonlocal_stage
+from .affinity import affinity_class
+
+INITS = ('xavier_normal', 'kaiming_normal', 'torch', 'normal', 'zero')
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'{name}={value!r}: it must be a whole number of at least 1')
+    return value
+
+
+def _half(dim: int) -> int:
+    if _positive('dim', dim) % 2:
+        raise ValueError(f"dim={dim} is odd, so that C' = dim/2 is not whole: use an even dim, or give inner_dim")
+    return dim // 2
+
+
+def _linear(dim: int, out_dim: int, init: str, dd: dict) -> nn.Linear:
+    """A bias-free map whose weight is drawn by one of INITS ('zero' is for W_Z alone)."""
+    linear = nn.Linear(dim, out_dim, bias=False, **dd)  # torch's own draw
+    if init == 'xavier_normal':
+        nn.init.xavier_normal_(linear.weight)
+    elif init == 'kaiming_normal':
+        nn.init.kaiming_normal_(linear.weight, mode='fan_out', nonlinearity='relu')
+    elif init == 'normal':
+        nn.init.normal_(linear.weight, std=0.01)
+    elif init == 'zero':
+        nn.init.zeros_(linear.weight)
+    elif init != 'torch':
+        raise ValueError(f'init={init!r} is unknown: use one of {", ".join(INITS)}')
+    return linear
+
+
+def _positions(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
+
+
+def _only_plain_tensor_code(x: Tensor) -> bool:
+    """A graph is being made that other runtimes read: it should hold no operator of ours."""
+    return isinstance(x, torch.fx.Proxy) or x.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def _grid(z: Tensor, like: Tensor) -> Tensor:
+    return z.transpose(1, 2).reshape(like.shape)  # (B, M, C) -> (B, C, *grid)
+
+
+def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float, dim: int, inner: int) -> Tensor:
+    """softmax(s Q Kᵀ) G for q and k (B, M, dim) and g (B, M, inner): (B, M, inner), for graphs without our operator."""
+    if dim != inner:  # fused kernels take one width; zeros change nothing
+        q, k = F.pad(q, (0, max(inner - dim, 0))), F.pad(k, (0, max(inner - dim, 0)))
+        g = F.pad(g, (0, max(dim - inner, 0)))
+    mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), g.unsqueeze(1), scale=scale)
+    return mixed.squeeze(1)[:, :, :inner]
+
+
+class SubBlock(nn.Module):
+    """The weight W = W_Z W_g of one block or sub-block: `g` is W_g, (C', C), and `z` is W_Z, (C, C')."""
+
+    def __init__(self, dim: int, inner_dim: int, init: str = 'xavier_normal', device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.g = _linear(dim, inner_dim, 'xavier_normal' if init == 'zero' else init, dd)
+        self.z = _linear(inner_dim, dim, init, dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X Wᵀ, (B, M, C) to (B, M, C)."""
+        return self.z(self.g(x))
+
+
+class _Nonlocal(nn.Module):
+    """The part that block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
+
+    def __init__(self, dim: int, inner_dim: int, affinity: str, symmetric: bool, scale, normalize, init: str, dd: dict):
+        super().__init__()
+        kernel = affinity_class(affinity)
+        draw = 'xavier_normal' if init == 'zero' else init
+        self.theta = _linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
+        self.phi = _linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
+        self.embed_dim = inner_dim if kernel.embedded else dim
+        self.affinity = kernel(self.embed_dim, symmetric, scale, normalize, **dd)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, (B, M, D) both, from X (B, M, C)."""
+        q = self.theta(x)
+        return q, q if self.phi is None else self.phi(x)
+
+    def embedding_weights(self) -> list[Tensor]:
+        """The weights (D, C) of θ and φ, as far as there are any."""
+        return [linear.weight for linear in (self.theta, self.phi) if isinstance(linear, nn.Linear)]
+
+    def relate(self, x: Tensor) -> Tensor:
+        """A(X), (B, M, M) or broadcastable to it, from X (B, M, C)."""
+        q, k = self.embed(x)
+        return self.affinity(q, k)
+
+
+@register_notrace_module  # one node in timm's FX graphs, which thus round as the network does
+class NonlocalBlock(_Nonlocal):
+    """The original block, eq. (1): Z = X + A(X) X Wᵀ with W = W_Z W_g.
+
+    Args:
+        dim: C, the number of channels.
+        inner_dim: C', the width of θ, φ and W_g; None takes C/2.
+        affinity: one of `timm_nonlocal.layers.affinity.AFFINITIES`.
+        symmetric: φ = θ, eq. (13).
+        scale: factor on the kernel's inner product; None takes the kernel's default (1/√C' for the Gaussians).
+        normalize: 'row_sum', 'positions' or None for the kernel's own.
+        init: how θ, φ, W_g and W_Z are drawn, one of `INITS`; 'zero' zeroes W_Z, so that the block is the identity.
+        merged: apply A without writing it out where the kernel allows it (exact); False follows eq. (1) literally.
+
+    Raises:
+        ValueError: an odd dim without inner_dim, an unknown name, or a normaliser that the kernel does not have.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            inner_dim: Optional[int] = None,
+            affinity: str = 'embedded_gaussian',
+            symmetric: bool = False,
+            scale: Optional[float] = None,
+            normalize: Optional[str] = None,
+            init: str = 'xavier_normal',
+            merged: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, inner_dim, affinity, symmetric, scale, normalize, init, dd)
+        weight = SubBlock(dim, inner_dim, init, **dd)
+        self.g, self.z = weight.g, weight.z
+        self.merged = merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
+        tokens = _positions(x)
+        if not torch.jit.is_scripting():
+            if self.merged and self.affinity.softmax and not _only_plain_tensor_code(x):
+                return _grid(nonlocal_stage(tokens, self.embedding_weights(), [self.g.weight], [self.z.weight],
+                                            self.affinity.scale, difference=False), x)
+        q, k = self.embed(tokens)
+        g = self.g(tokens)  # (B, M, C')
+        if not self.merged:
+            mixed = self.affinity.aggregate(self.affinity(q, k), g)
+        elif self.affinity.softmax:
+            mixed = _attend(q, k, g, self.affinity.scale, self.embed_dim, self.g.out_features)
+        else:
+            a, right = self.affinity.operator(q, k)
+            mixed = self.affinity.aggregate(a, g, right)
+        return x + _grid(self.z(mixed), x)  # eq. (1)
+
+
+class NonlocalBlocks(nn.Module):
+    """k original blocks in a row, each with its own affinity of its own input: eq. (2) with eq. (3).
+
+    Args:
+        dim: C, the number of channels.
+        k: the number of blocks, at least 1.
+        kwargs: the arguments of `NonlocalBlock`.
+    """
+
+    def __init__(self, dim: int, k: int = 1, **kwargs):
+        super().__init__()
+        self.sub_blocks = nn.Sequential(*(NonlocalBlock(dim, **kwargs) for _ in range(_positive('k', k))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
+        return self.sub_blocks(x)
+
+
+@register_notrace_module  # one node in timm's FX graphs, which thus round as the network does
+class NonlocalStage(_Nonlocal):
+    """The proposed stage, eq. (8): Zⁿ⁺¹ = Zⁿ + (A(X) Zⁿ - Zⁿ) Wⁿᵀ for n < k, Z⁰ = X, with one affinity for all.
+
+    Args:
+        dim: C, the number of channels.
+        k: the number of sub-blocks, at least 1.
+        merged: compute with everything inside the stage C' wide and A not written out where the kernel allows it
+            (exact); False follows eq. (8) literally.
+        recompute: keep only the stage's input for the backward pass, which then takes the time of a forward pass
+            more (merged stages with a softmax affinity, which keep no M×M matrix in any case).
+        inner_dim, affinity, symmetric, scale, normalize, init: as in `NonlocalBlock`.
+
+    Raises:
+        ValueError: as `NonlocalBlock`, or k < 1.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            k: int = 1,
+            inner_dim: Optional[int] = None,
+            affinity: str = 'embedded_gaussian',
+            symmetric: bool = False,
+            scale: Optional[float] = None,
+            normalize: Optional[str] = None,
+            init: str = 'xavier_normal',
+            merged: bool = True,
+            recompute: bool = False,
+            device=None,
+            dtype=None,
+    ):
+        inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, inner_dim, affinity, symmetric, scale, normalize, init, dd)
+        self.sub_blocks = nn.ModuleList(SubBlock(dim, inner_dim, init, **dd) for _ in range(_positive('k', k)))
+        self.merged, self.recompute = merged, recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
+        tokens = _positions(x)
+        if not self.merged:
+            return x + _grid(self._plain(self.relate(tokens), tokens), x)
+        if not torch.jit.is_scripting():
+            if self.affinity.softmax and not _only_plain_tensor_code(x):
+                return _grid(self._fused(tokens), x)
+        return x + _grid(self._merged(tokens), x)
+
+    def _plain(self, a: Tensor, x: Tensor) -> Tensor:
+        """Zᵏ - X as the paper writes it. a (B, M, M), x (B, M, C)."""
+        z = x
+        for sub_block in self.sub_blocks:
+            z = z + sub_block(self.affinity.difference(a, z))  # eq. (8)
+        return z - x
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """Zᵏ - X with A applied to C' channels: A acts on positions and W on channels, so the two commute.
+
+        With Gᵐ = Zᵐ W_gᵐᵀ and Hⁿ = A Gⁿ - Gⁿ, eq. (8) reads Zⁿ⁺¹ = Zⁿ + Hⁿ W_Zⁿᵀ: no Zⁿ between X and Zᵏ is needed.
+        """
+        q, k = self.embed(x)
+        a, right = self.affinity.operator(q, k)
+        w_g = [sub_block.g.weight for sub_block in self.sub_blocks]  # k of (C', C)
+        w_z = [sub_block.z.weight for sub_block in self.sub_blocks]  # k of (C, C')
+        wide, inner = F.linear(x, torch.cat(w_g)), w_g[0].shape[0]
+        g = [wide.narrow(-1, m * inner, inner) for m in range(len(w_g))]  # X W_gᵐᵀ for all m, k of (B, M, C')
+        h = []
+        for n in range(len(g)):
+            h.append(self.affinity.difference(a, g[n], right))
+            for m in range(n + 1, len(g)):
+                g[m] = g[m] + F.linear(h[n], w_g[m] @ w_z[n])  # (C', C')
+        return F.linear(torch.cat(h, dim=-1), torch.cat(w_z, dim=1))  # Σ Hⁿ W_Zⁿᵀ, (B, M, C)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """Zᵏ as `_merged` has it, by one operator that keeps no A for the backward pass."""
+        w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
+        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, self.affinity.scale, self.recompute)
+
+
+KINDS = {'original': NonlocalBlocks, 'proposed': NonlocalStage}  # both take (dim, k, …)

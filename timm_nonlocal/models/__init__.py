@@ -1,0 +1,1 @@
+"""The networks under their registered names, in timm and in torchvision."""

@@ -1,0 +1,93 @@
+"""What the tags stand for: the data set and the recipe that a network was trained with, and where its weights are.
+
+Weights are looked for in the package, `weights/<architecture>.<tag>.safetensors`, then on the Hub, under the id that
+`weights/index.json` gives. A tag with neither promises nothing: `timm.list_pretrained` does not list it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import generate_default_cfgs, resolve_pretrained_cfg
+
+WEIGHTS = Path(__file__).resolve().parents[1] / 'weights'
+
+
+@dataclass(frozen=True)
+class Dataset:
+    title: str
+    mean: tuple[float, float, float]  # the training images' mean colour, which stands for their mean image
+    labels: tuple[str, ...]  # in the order of the published files
+
+
+DATASETS = {
+    'cifar10': Dataset('CIFAR-10', (0.4914, 0.4822, 0.4465), tuple(
+        'airplane automobile bird cat deer dog frog horse ship truck'.split())),
+    'cifar100': Dataset('CIFAR-100', (0.5071, 0.4865, 0.4409), tuple('''
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+        castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+        elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+        man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+        pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+        tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm'''.split())),
+}
+
+
+@dataclass(frozen=True)
+class Tag:
+    dataset: str  # a key of DATASETS
+    recipe: str  # a key of timm_nonlocal.recipes.RECIPES
+
+
+TAGS = {**{dataset: Tag(dataset, 'paper') for dataset in DATASETS},
+        **{f'ft_{dataset}': Tag(dataset, 'ft') for dataset in DATASETS}}  # in the order of preference
+
+
+def _index() -> dict[str, dict[str, Any]]:
+    """What is known of each weight file by its name, `<architecture>.<tag>`; see `python -m hub.index`."""
+    path = WEIGHTS / 'index.json'
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+INDEX = _index()
+
+
+def _cfg(architecture: str, tag: str) -> dict[str, Any]:
+    data, file = DATASETS[TAGS[tag].dataset], WEIGHTS / f'{architecture}.{tag}.safetensors'
+    return dict(
+        file=str(file) if file.is_file() else None,
+        hf_hub_id=INDEX.get(f'{architecture}.{tag}', {}).get('hf_hub_id'),
+        num_classes=len(data.labels), label_names=data.labels, mean=data.mean, std=(1.0, 1.0, 1.0),
+        input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, interpolation='bicubic',
+        first_conv='conv1', classifier='fc', license='apache-2.0', paper_ids='arXiv:1806.00681',
+        paper_name='Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling',
+    )
+
+
+def default_cfgs(architectures: dict[str, str]) -> dict:
+    """timm's cfgs for every architecture and tag; architectures maps each name to the data set that it has unasked.
+
+    The default is that data set's first tag with weights, and the first of all where none has any.
+    """
+    cfgs = {}
+    for name, dataset in architectures.items():
+        own = {tag: _cfg(name, tag) for tag in TAGS}
+        wanted = [tag for tag in TAGS if TAGS[tag].dataset == dataset]
+        default = next((tag for tag in wanted if own[tag]['file'] or own[tag]['hf_hub_id']), wanted[0])
+        # '*' marks the default, which keeps its place only if it comes after a tag that has weights
+        for tag in sorted(TAGS, key=lambda tag, default=default: tag == default):
+            cfgs[f'{name}.{tag}{"*" if tag == default else ""}'] = own[tag]
+    return generate_default_cfgs(cfgs)
+
+
+def require_weights(architecture: str, pretrained_cfg=None, pretrained_cfg_overlay=None) -> None:
+    """Raises RuntimeError, naming the tags that have weights, if timm would find none for this cfg."""
+    cfg = resolve_pretrained_cfg(
+        architecture, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay)
+    if not cfg.has_weights and not cfg.state_dict:
+        name = f'{architecture}.{cfg.tag}' if cfg.tag else architecture
+        found = ', '.join(name for name in timm.list_pretrained('preresnet*') if '.' in name)
+        raise RuntimeError(f'{name} has no pretrained weights; tags that have some: {found or "none so far"}')

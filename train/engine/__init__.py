@@ -1,0 +1,1 @@
+"""What computes: images, a step, the epochs, and those who share them."""

@@ -1,0 +1,133 @@
+"""CIFAR on the device as bytes, and which of them each batch holds.
+
+Nothing here is random by itself: the plan of an epoch is a pure function of (seed, epoch), and a batch is a pure
+function of the plan's columns. A run can therefore be cut anywhere and continued to the same bits.
+"""
+
+import contextlib
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from timm_nonlocal.models.pretrained import DATASETS as FACTS
+
+DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
+PAD = 4
+
+
+class DataError(Exception):
+    """The data set is missing or damaged; the message says where to get it."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split of a data set.
+
+    Attributes:
+        pixels: uint8 (N, H + 8, W + 8, 3), each image in a frame of four zeros.
+        labels: int64 (N,).
+        mean: float32 (H + 8, W + 8, 3), the training images' mean in [0, 1] with a frame of zeros: what is
+            subtracted, so that the frame stays zero (the padding is of the preprocessed image).
+        num_classes: the number of classes.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    mean: Tensor
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device) -> 'Images':
+        return Images(self.pixels.to(device), self.labels.to(device), self.mean.to(device), self.num_classes)
+
+
+def frame(images: Tensor) -> Tensor:
+    """(…, H, W, 3) to (…, H + 8, W + 8, 3), zeros around."""
+    return F.pad(images, (0, 0, PAD, PAD, PAD, PAD))
+
+
+def mean_colour(images: Images, colour: tuple[float, ...]) -> Images:
+    """The same images with one mean a channel in place of the mean image, as timm has it; the frame stays zero."""
+    inside = frame(torch.ones(*images.pixels.shape[1:], device=images.mean.device)[2 * PAD:, 2 * PAD:])
+    return replace(images, mean=inside * torch.tensor(colour, device=images.mean.device))
+
+
+def load(name: str, data_dir: str, download: bool = False, limit: int = 0,
+         mean: str = 'image') -> tuple[Images, Images]:
+    """The training and the test split of 'cifar10' or 'cifar100' from the files torchvision keeps in data_dir.
+
+    Args:
+        download: fetch what is missing through torchvision.
+        limit: keep the first `limit` training and test images only (0 keeps all); the mean is that of the kept ones.
+        mean: what is subtracted, see `Recipe.mean`.
+
+    Raises:
+        DataError: the folder is missing, incomplete or damaged, or its labels are not of its images.
+    """
+    dataset = DATASETS[name]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            splits = [dataset(data_dir, train=train, download=download) for train in (True, False)]
+    except Exception as error:  # torchvision raises whatever its unpickler, its md5 check or the network raises
+        folder = Path(data_dir) / dataset.base_folder
+        state = 'is missing' if not folder.is_dir() else 'is incomplete or damaged (md5 or format)'
+        why = f' ({type(error).__name__}: {error})' if download else ''
+        raise DataError(
+            f'{folder} {state}{why}: add --download to fetch it through torchvision, or unpack '
+            f'{dataset.filename} from https://www.cs.toronto.edu/~kriz/cifar.html into {data_dir}') from error
+    for split in splits:
+        if split.data.shape != (len(split.targets), 32, 32, 3):
+            raise DataError(f'{Path(data_dir) / dataset.base_folder} has {len(split.targets)} labels for images of '
+                            f'shape {tuple(split.data.shape)}: unpack {dataset.filename} anew')
+    pixels, labels = zip(*(
+        (torch.from_numpy(split.data)[:limit or None], torch.tensor(split.targets)[:limit or None])
+        for split in splits), strict=True)
+    image = frame(pixels[0].double().mean(dim=0).div(255).float())
+    train, test = (Images(frame(p), y, image, len(splits[0].classes)) for p, y in zip(pixels, labels, strict=True))
+    if mean == 'colour':
+        train, test = (mean_colour(images, FACTS[name].mean) for images in (train, test))
+    return train, test
+
+
+def epoch_plan(count: int, seed: int, epoch: int) -> Tensor:
+    """int32 (4, count): for each image of an epoch its index, the crop's row and column in 0…8, and flip (0 or 1)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    draw = {'generator': generator, 'dtype': torch.int32}
+    return torch.stack([
+        torch.randperm(count, **draw),
+        torch.randint(0, 2 * PAD + 1, (count,), **draw),
+        torch.randint(0, 2 * PAD + 1, (count,), **draw),
+        torch.randint(0, 2, (count,), **draw),
+    ])
+
+
+def whole_plan(count: int) -> Tensor:
+    """int32 (4, count): every image in order, uncropped and unflipped."""
+    plan = torch.full((4, count), PAD, dtype=torch.int32)
+    plan[0], plan[3] = torch.arange(count), 0
+    return plan
+
+
+def batch(images: Images, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The images and labels that columns of a plan ask for.
+
+    Args:
+        columns: int32 (4, b) on the images' device.
+
+    Returns:
+        float32 (b, 3, H, W) in channels-last memory, pixel / 255 - mean, and int64 (b,).
+    """
+    index, top, left, flip = columns.long()
+    height, width = images.pixels.shape[1] - 2 * PAD, images.pixels.shape[2] - 2 * PAD
+    across = torch.arange(width, device=columns.device)
+    rows = (top[:, None] + torch.arange(height, device=columns.device))[:, :, None]  # (b, H, 1)
+    cols = (left[:, None] + torch.where(flip[:, None] > 0, width - 1 - across, across))[:, None, :]  # (b, 1, W)
+    x = images.pixels[index[:, None, None], rows, cols].float() / 255 - images.mean[rows, cols]  # (b, H, W, 3)
+    return x.permute(0, 3, 1, 2), images.labels[index]

@@ -1,0 +1,84 @@
+"""What runs leave in their folders, each file written beside and then renamed, so that none is ever half there.
+
+    state.safetensors   what --resume continues from, see `state`; seeds side by side: in the first one's folder
+    curve.csv           one row an epoch
+    model.safetensors   the final weights, beside
+    config.json         what timm.create_model("local-dir:DIR", pretrained=True) reads
+    results.jsonl       one line about the finished run
+    spectra.jsonl       one line an epoch of --spectrum-epochs, `blocks` as the inspect command's JSON has them
+"""
+
+import csv
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as to_bytes
+from timm.models import save_for_hf
+from torch import Tensor
+
+from train.records import state
+from train.records.runs import Run, parse_kwargs
+from train.records.state import RunError, write, writing
+
+STATE, CURVE, MODEL, CONFIG, RESULTS, SPECTRA = (
+    'state.safetensors', 'curve.csv', 'model.safetensors', 'config.json', 'results.jsonl', 'spectra.jsonl')
+
+
+def sha256(weights: dict[str, Tensor]) -> str:
+    """Of the safetensors file with these weights."""
+    return hashlib.sha256(to_bytes(weights)).hexdigest()
+
+
+def save_curve(folder: Path, history: list[dict[str, Any]]) -> None:
+    def fill(path: Path) -> None:
+        with open(path, 'w', newline='') as file:
+            rows = csv.DictWriter(file, fieldnames=list(history[-1]))  # rows of older states have fewer fields
+            rows.writeheader()
+            rows.writerows(history)
+    if history:
+        write(folder / CURVE, fill)
+
+
+def save_model(folder: Path, run: Run, weights: dict[str, Tensor]) -> None:
+    """Writes weights and config.json as timm does for the Hub; timm before 1.0.31 records no arguments unasked."""
+    model = run.build()
+    model.load_state_dict(weights)
+    with writing(folder / MODEL), tempfile.TemporaryDirectory() as beside:
+        save_for_hf(model, beside, model_args=parse_kwargs(run.model_kwargs), safe_serialization=True)
+        for name in (MODEL, CONFIG):
+            write(folder / name, lambda path, name=name: shutil.copyfile(Path(beside) / name, path))
+
+
+def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Writes a .jsonl, a line a record."""
+    write(path, lambda beside: beside.write_text(''.join(json.dumps(record, allow_nan=False) + '\n'
+                                                         for record in records)))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results.jsonl; none where there is no such file.
+
+    Raises:
+        RunError: a line is not about a run.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+        try:
+            records.append(json.loads(line))
+            Run.from_dict(records[-1])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f'{path} line {number} is not about a run ({type(error).__name__}: {error})') from error
+    return records
+
+
+def holds_run(folder: Path) -> bool:
+    return state.exists(folder / STATE) or any((folder / name).exists() for name in (MODEL, RESULTS))
+
+
+def is_finished(folders: Sequence[Path]) -> bool:
+    return all((folder / RESULTS).is_file() for folder in folders)
