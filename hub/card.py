@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from timm_nonlocal import paper
 from timm_nonlocal.analysis.spectra import Spectrum
+from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.recipes import Recipe, recipe_id
 
 from .results import Run, Shipped, counted, deviations, median_runs, summary
@@ -15,18 +16,17 @@ from .spectra import of_weights
 
 NAMESPACE = 'NAMESPACE'  # stands in a committed card for where it is published
 PICTURE = '<!-- ![{}]({}) -->'  # it is made when the card is published, and stands beside it there
-DATASETS = {'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'), 'cifar100': ('uoft-cs/cifar100', 'CIFAR-100')}
 EQUATIONS = {'original': 'eq. (1)', 'proposed': 'eq. (8)'}
 
 
 def front_matter(file: Shipped) -> str:
     """YAML that the Hub reads. The accuracy is that of this very file, and left out where only a part was tested."""
-    hub_id, name = DATASETS[file.dataset]
+    data = DATASETS[file.dataset]
     results = [] if file.run.get('limit') else [EvalResult(
-        task_type='image-classification', dataset_type=hub_id, dataset_name=name, dataset_split='test',
+        task_type='image-classification', dataset_type=data.hub_id, dataset_name=data.title, dataset_split='test',
         metric_type='accuracy', metric_name='Accuracy', metric_value=round(100 - file.run['final_error'], 4))]
     return ModelCardData(
-        library_name='timm', pipeline_tag='image-classification', license='apache-2.0', datasets=[hub_id],
+        library_name='timm', pipeline_tag='image-classification', license='apache-2.0', datasets=[data.hub_id],
         metrics=['accuracy'], tags=['image-classification', 'timm', 'timm_nonlocal', 'nonlocal'],
         **({'model_name': file.name, 'eval_results': results} if results else {})).to_yaml()
 
@@ -80,8 +80,8 @@ def training_text(run: Run) -> str:
     """How this file was trained, field by field."""
     recipe, versions, start = Recipe.from_dict(run['recipe']), run.get('versions', {}), run.get('start')
     rows = [
-        ('data', f'{DATASETS[run["dataset"]][1]}, divided by 255, the training images’ mean {recipe.mean} subtracted; '
-                 f'random crops of the image padded by 4, random flips'),
+        ('data', f'{DATASETS[run["dataset"]].title}, divided by 255, the training images’ mean {recipe.mean} '
+                 f'subtracted; random crops of the image padded by 4, random flips'),
         ('starts from', start and f'`{start["name"]}` (sha256 `{start["sha256"][:12]}`), the nonlocal modules as the '
                                   f'identity'),
         ('recipe', f'`{recipe_id(recipe)}`: {recipe.epochs} epochs, batch {recipe.batch_size}, SGD with '
@@ -141,8 +141,8 @@ def card(file: Shipped, runs: list[Run]) -> tuple[str, str]:
     spectrum = of_weights(file.path)
     return front_matter(file), '\n\n'.join([
         f'# {name}', *warning,
-        f'{describe(file.architecture)}, trained on {DATASETS[file.dataset][1]}: {parameters:,} parameters, images of '
-        f'32×32. It belongs to [{paper.TITLE}](https://arxiv.org/abs/{paper.ARXIV}) (Tao, Sun, Du, Liu, NeurIPS 2018); '
+        f'{describe(file.architecture)}, trained on {DATASETS[file.dataset].title}: {parameters:,} parameters, images '
+        f'of 32×32. It belongs to [{paper.TITLE}](https://arxiv.org/abs/{paper.ARXIV}) (Tao, Sun, Du, Liu, NeurIPS 2018); '
         f'the weights are ours, not its authors’, who published none that we know of.',
         '## Use',
         f'```python\nimport timm_nonlocal  # registers the architecture: without it timm knows no such model\n\n'

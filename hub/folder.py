@@ -21,7 +21,7 @@ import timm
 from timm.models import save_for_hf
 
 from hub import cards, drawing
-from timm_nonlocal.models.pretrained import DATASETS
+from timm_nonlocal.datasets import DATASETS
 
 from .card import published
 from .results import HUB, PublishError, Run, Shipped

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.models.preresnet import ARCHITECTURES
-from timm_nonlocal.models.pretrained import DATASETS, TAGS
+from timm_nonlocal.models.pretrained import TAGS
 from timm_nonlocal.recipes import RECIPES, Recipe
 
 from .results import PublishError, load, recipe_name, shipped, write

@@ -30,8 +30,9 @@ from safetensors.torch import load_file  # noqa: E402
 from timm.models import split_model_name_tag  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from timm_nonlocal.datasets import DATASETS, DataError  # noqa: E402
 from timm_nonlocal.recipes import ANNEALS, MEANS, PAPER, RECIPES, Recipe  # noqa: E402
-from train.engine.data import DATASETS, DataError, load  # noqa: E402
+from train.engine.data import load  # noqa: E402
 from train.engine.loop import How, Trainer, check_same_runs  # noqa: E402
 from train.engine.processes import Processes, end  # noqa: E402
 from train.engine.progress import Bar  # noqa: E402

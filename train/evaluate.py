@@ -27,10 +27,11 @@ from timm.models import split_model_name_tag
 from torch import nn
 
 from timm_nonlocal.checkpoints.targets import CheckpointError, near_names
-from train.engine.data import DataError, Images, load, mean_colour, whole_plan
+from timm_nonlocal.datasets import DATASETS, DataError
+from train.engine.data import Images, load, mean_colour, whole_plan
 from train.engine.step import logits_of
 from train.records import run_dir
-from train.records.runs import CLASSES, ROOT
+from train.records.runs import ROOT
 from train.records.state import RunError
 
 ROUNDING = 1e-4
@@ -111,7 +112,7 @@ def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     for target in args.targets:
         try:
             model = open_target(target)
-            dataset = next((name for name, classes in CLASSES.items() if classes == model.num_classes), None)
+            dataset = next((name for name, data in DATASETS.items() if data.num_classes == model.num_classes), None)
             if dataset is None:
                 raise CheckpointError(f'{target} has {model.num_classes} classes: neither CIFAR-10 nor CIFAR-100')
         except CheckpointError as error:

@@ -11,7 +11,8 @@ from torchvision.datasets import CIFAR10
 
 from tests.support.cifar_files import make_cifar10
 from tests.support.small_data import accepted
-from train.engine.data import PAD, DataError, Images, batch, epoch_plan, frame, load, whole_plan
+from timm_nonlocal.datasets import DataError
+from train.engine.data import PAD, Images, batch, epoch_plan, frame, load, whole_plan
 
 
 def small(count=40, height=32, width=32):

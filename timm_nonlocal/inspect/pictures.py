@@ -7,6 +7,8 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from ..datasets import DATASETS, DataError, mean_image, read_images
+
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
 
 
@@ -24,19 +26,16 @@ def cifar(data_dir: str, num_classes: int, count: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the data set is not there, or the model has another number of classes.
     """
-    from torchvision import datasets
-
-    if num_classes not in (10, 100):
+    name = f'cifar{num_classes}'
+    if name not in DATASETS:
         raise ValueError(f'the model has {num_classes} classes, and CIFAR 10 or 100: '
                          f'give --images in place of --data-dir')
-    data = getattr(datasets, f'CIFAR{num_classes}')
     try:
-        train, test = data(data_dir, train=True), data(data_dir, train=False)
-    except RuntimeError as error:
-        raise ValueError(f'{data_dir} does not hold CIFAR-{num_classes} as torchvision keeps it') from error
-    mean = torch.from_numpy(train.data).double().mean(0).div(255).float()
-    images = torch.from_numpy(test.data[:count]).float().div(255) - mean  # (N, 32, 32, 3)
-    return images.permute(0, 3, 1, 2).contiguous(), torch.tensor(test.targets[:count])
+        train, (test, labels) = read_images(name, data_dir, train=True)[0], read_images(name, data_dir, train=False)
+    except DataError as error:
+        raise ValueError(str(error)) from error
+    images = test[:count].float().div(255) - mean_image(train)  # (N, 32, 32, 3)
+    return images.permute(0, 3, 1, 2).contiguous(), labels[:count]
 
 
 def folder(path: str, model: nn.Module, count: int) -> tuple[Tensor, Optional[Tensor]]:

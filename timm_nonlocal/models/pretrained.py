@@ -12,28 +12,9 @@ from typing import Any
 import timm
 from timm.models import generate_default_cfgs, resolve_pretrained_cfg
 
+from ..datasets import DATASETS
+
 WEIGHTS = Path(__file__).resolve().parents[1] / 'weights'
-
-
-@dataclass(frozen=True)
-class Dataset:
-    title: str
-    mean: tuple[float, float, float]  # the training images' mean colour, which stands for their mean image
-    labels: tuple[str, ...]  # in the order of the published files
-
-
-DATASETS = {
-    'cifar10': Dataset('CIFAR-10', (0.4914, 0.4822, 0.4465), tuple(
-        'airplane automobile bird cat deer dog frog horse ship truck'.split())),
-    'cifar100': Dataset('CIFAR-100', (0.5071, 0.4865, 0.4409), tuple('''
-        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
-        castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
-        elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
-        man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
-        pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
-        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
-        tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm'''.split())),
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +41,7 @@ def _cfg(architecture: str, tag: str) -> dict[str, Any]:
     return dict(
         file=str(file) if file.is_file() else None,
         hf_hub_id=INDEX.get(f'{architecture}.{tag}', {}).get('hf_hub_id'),
-        num_classes=len(data.labels), label_names=data.labels, mean=data.mean, std=(1.0, 1.0, 1.0),
+        num_classes=data.num_classes, label_names=data.labels, mean=data.mean, std=(1.0, 1.0, 1.0),
         input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, interpolation='bicubic',
         first_conv='conv1', classifier='fc', license='apache-2.0', paper_ids='arXiv:1806.00681',
         paper_name='Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling',

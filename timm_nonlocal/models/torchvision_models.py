@@ -18,8 +18,9 @@ from torchvision.models._api import Weights, WeightsEnum, register_model
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
+from ..datasets import DATASETS
 from .preresnet import ARCHITECTURES, SMALLEST
-from .pretrained import DATASETS, INDEX, TAGS
+from .pretrained import INDEX, TAGS
 
 
 class PreResNetWeights(WeightsEnum):

@@ -4,24 +4,15 @@ Nothing here is random by itself: the plan of an epoch is a pure function of (se
 function of the plan's columns. A run can therefore be cut anywhere and continued to the same bits.
 """
 
-import contextlib
-import io
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.datasets import CIFAR10, CIFAR100
 
-from timm_nonlocal.models.pretrained import DATASETS as FACTS
+from timm_nonlocal.datasets import DATASETS, mean_image, read_images
 
-DATASETS = {'cifar10': CIFAR10, 'cifar100': CIFAR100}
 PAD = 4
-
-
-class DataError(Exception):
-    """The data set is missing or damaged; the message says where to get it."""
 
 
 @dataclass(frozen=True)
@@ -71,28 +62,13 @@ def load(name: str, data_dir: str, download: bool = False, limit: int = 0,
     Raises:
         DataError: the folder is missing, incomplete or damaged, or its labels are not of its images.
     """
-    dataset = DATASETS[name]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            splits = [dataset(data_dir, train=train, download=download) for train in (True, False)]
-    except Exception as error:  # torchvision raises whatever its unpickler, its md5 check or the network raises
-        folder = Path(data_dir) / dataset.base_folder
-        state = 'is missing' if not folder.is_dir() else 'is incomplete or damaged (md5 or format)'
-        why = f' ({type(error).__name__}: {error})' if download else ''
-        raise DataError(
-            f'{folder} {state}{why}: add --download to fetch it through torchvision, or unpack '
-            f'{dataset.filename} from https://www.cs.toronto.edu/~kriz/cifar.html into {data_dir}') from error
-    for split in splits:
-        if split.data.shape != (len(split.targets), 32, 32, 3):
-            raise DataError(f'{Path(data_dir) / dataset.base_folder} has {len(split.targets)} labels for images of '
-                            f'shape {tuple(split.data.shape)}: unpack {dataset.filename} anew')
-    pixels, labels = zip(*(
-        (torch.from_numpy(split.data)[:limit or None], torch.tensor(split.targets)[:limit or None])
-        for split in splits), strict=True)
-    image = frame(pixels[0].double().mean(dim=0).div(255).float())
-    train, test = (Images(frame(p), y, image, len(splits[0].classes)) for p, y in zip(pixels, labels, strict=True))
+    (pixels, labels), (test_pixels, test_labels) = (
+        [tensor[:limit or None] for tensor in read_images(name, data_dir, split, download)] for split in (True, False))
+    image, classes = frame(mean_image(pixels)), DATASETS[name].num_classes
+    train = Images(frame(pixels), labels, image, classes)
+    test = Images(frame(test_pixels), test_labels, image, classes)
     if mean == 'colour':
-        train, test = (mean_colour(images, FACTS[name].mean) for images in (train, test))
+        train, test = (mean_colour(images, DATASETS[name].mean) for images in (train, test))
     return train, test
 
 

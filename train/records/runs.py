@@ -20,10 +20,10 @@ from torch import nn
 
 import timm_nonlocal
 from timm_nonlocal.checkpoints.targets import near_names
+from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.recipes import PAPER, RECIPES, Recipe, nearest, recipe_id
 
 ROOT = Path(__file__).resolve().parents[2]
-CLASSES = {'cifar10': 10, 'cifar100': 100}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Run:
             architecture = f'{architecture}.{self.dataset}'  # the tag carries mean and number of classes
         torch.manual_seed(self.seed)
         try:
-            return timm.create_model(architecture, **{'num_classes': CLASSES[self.dataset], **kwargs})
+            return timm.create_model(architecture, **{'num_classes': DATASETS[self.dataset].num_classes, **kwargs})
         except TypeError as error:
             raise ValueError(f'--model-kwargs {" ".join(self.model_kwargs)}: {error}') from error
 
