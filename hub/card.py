@@ -142,8 +142,8 @@ def card(file: Shipped, runs: list[Run]) -> tuple[str, str]:
     return front_matter(file), '\n\n'.join([
         f'# {name}', *warning,
         f'{describe(file.architecture)}, trained on {DATASETS[file.dataset].title}: {parameters:,} parameters, images '
-        f'of 32×32. It belongs to [{paper.TITLE}](https://arxiv.org/abs/{paper.ARXIV}) (Tao, Sun, Du, Liu, NeurIPS 2018); '
-        f'the weights are ours, not its authors’, who published none that we know of.',
+        f'of 32×32. It belongs to [{paper.TITLE}](https://arxiv.org/abs/{paper.ARXIV}) (Tao, Sun, Du, Liu, NeurIPS '
+        f'2018); the weights are ours, not its authors’, who published none that we know of.',
         '## Use',
         f'```python\nimport timm_nonlocal  # registers the architecture: without it timm knows no such model\n\n'
         f'import timm\n\n'
