@@ -1,7 +1,10 @@
 """What holds of the repository as a whole."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import timm_nonlocal
 from tests.support.process import ROOT, run
@@ -12,6 +15,33 @@ def test_lint():
     assert result.returncode == 0, result.stdout
 
 
+def test_types():
+    result = subprocess.run([sys.executable, '-m', 'mypy'], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def imported(path: Path) -> set[str]:
+    """What is imported anywhere in a file, by its first name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition('.')[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.partition('.')[0])
+    return found - sys.stdlib_module_names
+
+
+def test_every_import_is_declared():
+    text = (ROOT / 'pyproject.toml').read_text()
+    own, plot, train = (set(re.findall(r'"([a-z_]+)[">]', re.search(rf'^{name} = \[(.*?)^?\]', text, re.S | re.M)[1]))
+                        for name in ('dependencies', 'plot', 'train'))
+    own |= {'PIL', 'triton', 'timm_nonlocal'}  # pillow's name; torch brings its triton
+    for folder, declared in {'timm_nonlocal': own | plot, 'train': own | train | {'train', 'hub', 'ray'},
+                             'hub': own | plot | {'hub'}}.items():
+        for path in (ROOT / folder).rglob('*.py'):
+            assert imported(path) <= declared, f'{path}: {imported(path) - declared}'
+
+
 def test_ci_runs_the_readmes_test_command():
     readme, ci = ((ROOT / name).read_text() for name in ('README.md', '.ci/run'))
     command = "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/python -m pytest"
@@ -20,7 +50,7 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_every_module_says_what_it_is():
-    for path in [*ROOT.glob('timm_nonlocal/**/*.py'), *ROOT.glob('train/*.py'), *ROOT.glob('hub/*.py')]:
+    for path in [path for room in ('timm_nonlocal', 'train', 'hub', 'benchmarks') for path in (ROOT / room).rglob('*.py')]:
         assert path.read_text().startswith(('"""', '#!')), path
 
 
