@@ -29,7 +29,7 @@ from benchmarks.stage.contenders import CONTENDERS, MMCV, Case, Step, Worker
 from benchmarks.stage.counts import ceilings, counts, floor
 from benchmarks.stage.measure import captured, extra_bytes, milliseconds
 from benchmarks.stage.report import report, table
-from timm_nonlocal.ops.products import ProductChain
+from timm_nonlocal.ops.products import ProductBackend
 from train.records.runs import surroundings
 from train.records.state import write
 
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         'command': shlex.join(['python', '-m', 'benchmarks.stage', *args.given]), 'checks': [], 'ceilings': {},
         'cases': [], 'attention': [], 'tiles': [], 'kernels': [], 'failed': []}
     rounds = args.rounds or (7 if device.type == 'cuda' else 5)
-    chains = [ProductChain]
+    backends = [ProductBackend]
 
     def attempt(what: str, function: Callable[[], Any]) -> None:
         """One part: it is left out when the time is over, and its failure costs no other."""
@@ -139,9 +139,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         record['cases'] = [*(kept for kept in record['cases'] if kept['name'] != entry['name']), entry]
 
     if device.type == 'cuda':
-        from timm_nonlocal.ops.triton_backend import TritonChain
-        chains.append(TritonChain)
-    attempt('accuracy', lambda: record['checks'].extend(checks(device, chains)))
+        from timm_nonlocal.ops.triton_backend import TritonBackend
+        backends.append(TritonBackend)
+    attempt('accuracy', lambda: record['checks'].extend(checks(device, backends)))
     attempt('ceilings', lambda: record['ceilings'].update(ceilings(device)))
     if not record['ceilings']:
         return record

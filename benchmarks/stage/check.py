@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_nonlocal import NonlocalBlock, NonlocalStage
-from timm_nonlocal.ops.products import ProductChain
+from timm_nonlocal.ops.products import ProductBackend
 
 Tensors = tuple[Tensor, ...]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -51,9 +51,9 @@ def bound(dtype: torch.dtype, plain: Iterable[Tensor], expected: Iterable[Tensor
     return [max(TOLERANCE[dtype], most * error) for error in errors(plain, expected)]
 
 
-def chain_written_out(q: Tensor, k: Tensor, g: Tensor, t: Tensor, inner: int, scale: float, dh: Tensor,
-                      difference: bool = True, dtype: torch.dtype = torch.float64):
-    """H, dQ, dK and dG⁰ of the chain of `timm_nonlocal.ops_products`, from its definition, by products in a dtype."""
+def sub_blocks_written_out(q: Tensor, k: Tensor, g: Tensor, t: Tensor, inner: int, scale: float, dh: Tensor,
+                      formulation: str = 'proposed', dtype: torch.dtype = torch.float64):
+    """H, dQ, dK and dG⁰ of the sub-blocks that a backend goes through, from its definition, by products in a dtype."""
     q, k, g = (z.detach().to(dtype).requires_grad_() for z in (q, k, g))
     t, dh = t.to(dtype), dh.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -62,26 +62,27 @@ def chain_written_out(q: Tensor, k: Tensor, g: Tensor, t: Tensor, inner: int, sc
         g_n = g[:, :, n:n + inner]
         if n:
             g_n = g_n + torch.cat(h, dim=2) @ t[n:n + inner, :n].T
-        h.append(a @ g_n - g_n if difference else a @ g_n)
+        h.append(a @ g_n - g_n if formulation == 'proposed' else a @ g_n)
     h = torch.cat(h, dim=2)
     return h.detach(), *torch.autograd.grad(h, (q, k, g), dh)
 
 
-def run_chain(kind: type[ProductChain], projected: Tensor, t: Tensor, dh: Tensor, dim: int, inner: int, scale: float):
-    """The same by a chain, from Q, K and G⁰ side by side, (b, M, 2 D + k C'). Every output starts as NaN."""
+def run_backend(kind: type[ProductBackend], projected: Tensor, t: Tensor, dh: Tensor, dim: int, inner: int,
+                scale: float) -> Tensors:
+    """The same by a backend, from Q, K and G⁰ side by side, (b, M, 2 D + k C'). Every output starts as NaN."""
     widths = dim, dim, dh.shape[2]
-    chain = kind(projected, projected.shape[1], inner, scale)
-    projected, dh, gradient = projected.to(chain.dtype, copy=True), dh.to(chain.dtype, copy=True), None
+    backend = kind(projected, projected.shape[1], inner, scale)
+    projected, dh, gradient = projected.to(backend.dtype, copy=True), dh.to(backend.dtype, copy=True), None
     gradient = torch.full_like(projected, float('nan'))
-    h = projected.new_full((*dh.shape[:2], chain.halves * dh.shape[2]), float('nan'))
-    rows = projected.new_full((*dh.shape[:2], chain.statistics), float('nan'), dtype=torch.float32)
-    t = t.to(chain.dtype)
-    chain.forward(*projected.split(widths, dim=2), h, rows, t)
-    chain.backward(*projected.split(widths, dim=2), h, rows, t, dh, *gradient.split(widths, dim=2))
+    h = projected.new_full((*dh.shape[:2], backend.halves * dh.shape[2]), float('nan'))
+    rows = projected.new_full((*dh.shape[:2], backend.statistics), float('nan'), dtype=torch.float32)
+    t = t.to(backend.dtype)
+    backend.forward(*projected.split(widths, dim=2), h, rows, t)
+    backend.backward(*projected.split(widths, dim=2), h, rows, t, dh, *gradient.split(widths, dim=2))
     return h[:, :, :dh.shape[2]], *gradient.split(widths, dim=2)
 
 
-def draw_chain(dtype: torch.dtype, device: torch.device, images: int, positions: int, dim: int, inner: int, k: int,
+def draw_operands(dtype: torch.dtype, device: torch.device, images: int, positions: int, dim: int, inner: int, k: int,
                logits: float):
     """Q, K and G⁰ side by side, T, dH, and the scale that brings the largest logit to the size asked for."""
     projected = torch.randn(images, positions, 2 * dim + k * inner, device=device).to(dtype)
@@ -91,7 +92,7 @@ def draw_chain(dtype: torch.dtype, device: torch.device, images: int, positions:
     return projected, t, dh, logits / (q @ keys.transpose(1, 2)).abs().max().item()
 
 
-def checks(device: torch.device, chains: list[type[ProductChain]]) -> list[dict[str, Any]]:
+def checks(device: torch.device, backends: list[type[ProductBackend]]) -> list[dict[str, Any]]:
     """Rows of what was checked, the largest relative error among the outputs, and the tolerance."""
     found = []
 
@@ -110,13 +111,14 @@ def checks(device: torch.device, chains: list[type[ProductChain]]) -> list[dict[
                 name = type(module).__name__ + ' recomputed' * getattr(module, 'recompute', False)
                 add(f'{name}, k = {k}, M = {shape[2] * shape[3]}', dtype, outputs(module, x, dz),
                     outputs(written_out(module), x, dz), reference(module, x, dz))
-        for chain in chains:
-            if chain is not ProductChain and dtype == torch.float32:
+        for backend in backends:
+            if backend is not ProductBackend and dtype == torch.float32:
                 continue
             for positions, logits in ((1024, 100.0), (333, 100.0), (200, 5.0)):
-                projected, t, dh, scale = draw_chain(dtype, device, 2, positions, 32, 32, 3, logits)
+                projected, t, dh, scale = draw_operands(dtype, device, 2, positions, 32, 32, 3, logits)
                 q, keys, g = projected.split((32, 32, 96), dim=2)
-                add(f'{chain.__name__}, logits to {logits:g}, M = {positions}', dtype,
-                    run_chain(chain, projected, t, dh, 32, 32, scale),
-                    *(chain_written_out(q, keys, g, t, 32, scale, dh, dtype=kind) for kind in (dtype, torch.float64)))
+                add(f'{backend.__name__}, logits to {logits:g}, M = {positions}', dtype,
+                    run_backend(backend, projected, t, dh, 32, 32, scale),
+                    *(sub_blocks_written_out(q, keys, g, t, 32, scale, dh, dtype=kind)
+                      for kind in (dtype, torch.float64)))
     return found

@@ -3,8 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from timm.layers.non_local_attn import NonLocalAttn
 from torch import Tensor, nn
 
 from timm_nonlocal import NonlocalBlocks, NonlocalStage
-from timm_nonlocal.ops import stage as ops
+from timm_nonlocal.ops import nonlocal_stage
 
 CHANNELS = 64
 
@@ -69,19 +68,18 @@ class Chain(nn.Sequential):
         super().__init__(*(NonLocalAttn(channels, rd_ratio=1 / 2) for _ in range(k)))
 
 
-@contextmanager
-def without_triton() -> Iterator[None]:
-    ops.USE_TRITON = False
-    try:
-        yield
-    finally:
-        ops.USE_TRITON = True
+class ByProducts(NonlocalStage):
+    """Ours by matrix products, also where there are kernels."""
+
+    def _fused(self, x: Tensor) -> Tensor:
+        w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
+        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, self.affinity.scale, backend='products')
 
 
 CONTENDERS: dict[str, Callable[[int, int], nn.Module]] = {
     'ours': NonlocalStage,
     'ours, recompute': lambda channels, k: NonlocalStage(channels, k, recompute=True),
-    'ours, matrix products': NonlocalStage,  # runs without_triton
+    'ours, matrix products': ByProducts,
     'plain path': lambda channels, k: NonlocalStage(channels, k, merged=False),
     'merged formula, autograd': Formula,
     'SDPA k times': ByAttention,
@@ -98,18 +96,16 @@ class Step:
         self.module = CONTENDERS[name](CHANNELS, case.k).to(device, memory_format=torch.channels_last)
         self.x, self.dz = case.inputs(device)
         self.wanted = [self.x, *self.module.parameters()]
-        self.backend = without_triton if name == 'ours, matrix products' else nullcontext
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=case.dtype == 'bfloat16')
 
     def forward(self) -> Tensor:
-        with self.backend(), self.autocast, torch.no_grad():
+        with self.autocast, torch.no_grad():
             return self.module(self.x)
 
     def both(self) -> list[Tensor]:
-        with self.backend():
-            with self.autocast:
-                z = self.module(self.x)
-            return [z, *torch.autograd.grad(z, self.wanted, self.dz.to(z.dtype))]
+        with self.autocast:
+            z = self.module(self.x)
+        return [z, *torch.autograd.grad(z, self.wanted, self.dz.to(z.dtype))]
 
 
 class Worker:

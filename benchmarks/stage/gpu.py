@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.stage.check import draw_chain
+from benchmarks.stage.check import draw_operands
 from benchmarks.stage.contenders import CHANNELS, Case, Step
 from benchmarks.stage.measure import milliseconds
 
@@ -60,7 +60,7 @@ def _flex(q, k, v):
 
 
 def tiles(device: torch.device, images: int = 128, positions: int = 1024) -> Iterator[dict[str, Any]]:
-    """Milliseconds of the part of the chain that a kernel belongs to with each of its tiles, the others as they are.
+    """Milliseconds of the part of the backend that a kernel belongs to with each of its tiles, the others as they are.
 
     Leaves the fastest in place, for what is measured next in this process.
     """
@@ -68,20 +68,20 @@ def tiles(device: torch.device, images: int = 128, positions: int = 1024) -> Ite
     kernels = {kernel.fn.__name__: kernel for kernel in ops_triton.TILES}
     for name, candidates in CANDIDATES.items():
         k = 5 if name.startswith('close') else 2
-        projected, t, dh, scale = draw_chain(torch.bfloat16, device, images, positions, 32, 32, k, 5.0)
-        chain = ops_triton.TritonChain(projected, positions, 32, scale)
+        projected, t, dh, scale = draw_operands(torch.bfloat16, device, images, positions, 32, 32, k, 5.0)
+        backend = ops_triton.TritonBackend(projected, positions, 32, scale)
         q, keys, g = projected.split((32, 32, 32 * k), dim=2)
         h = torch.empty(images, positions, 2 * 32 * k, device=device, dtype=torch.bfloat16)
-        rows = torch.empty(images, positions, chain.statistics, device=device)
+        rows = torch.empty(images, positions, backend.statistics, device=device)
         gradient = torch.empty_like(projected).split((32, 32, 32 * k), dim=2)
 
-        def run(name=name, parts=(q, keys, g, h, rows, t), dh=dh, gradient=gradient, chain=chain) -> None:
+        def run(name=name, parts=(q, keys, g, h, rows, t), dh=dh, gradient=gradient, backend=backend) -> None:
             if name == 'apply':
-                chain.forward(*parts)
+                backend.forward(*parts)
             else:
-                chain.backward(*parts, dh, *gradient)
+                backend.backward(*parts, dh, *gradient)
 
-        chain.forward(q, keys, g, h, rows, t)
+        backend.forward(q, keys, g, h, rows, t)
         torch.use_deterministic_algorithms(name == 'close_queries')
         own = ops_triton.TILES[kernels[name]]
         before, times = own[64], {}

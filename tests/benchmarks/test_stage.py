@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.stage import __main__ as benchmark
 from benchmarks.stage import check, contenders, counts, measure, report
-from timm_nonlocal.ops.products import ProductChain
+from timm_nonlocal.ops.products import ProductBackend
 
 CPU = torch.device('cpu')
 SMALL = contenders.Case(2, 8, 2, 'float32')
@@ -64,19 +64,19 @@ def test_the_end_of_time_and_a_failing_part_cost_nothing_else(tmp_path, monkeypa
 
 
 def test_checks_find_what_is_wrong(monkeypatch):
-    """A chain that forgets the normaliser fails, and one that gives NaN too."""
-    def draw(chain):
-        projected, t, dh, scale = check.draw_chain(torch.float32, CPU, 1, 20, 8, 8, 2, 5.0)
+    """A backend that forgets the normaliser fails, and one that gives NaN too."""
+    def draw(backend):
+        projected, t, dh, scale = check.draw_operands(torch.float32, CPU, 1, 20, 8, 8, 2, 5.0)
         q, k, g = projected.split((8, 8, 16), dim=2)
-        got = check.run_chain(chain, projected, t, dh, 8, 8, scale)
-        expected = check.chain_written_out(q, k, g, t, 8, scale, dh)
+        got = check.run_backend(backend, projected, t, dh, 8, 8, scale)
+        expected = check.sub_blocks_written_out(q, k, g, t, 8, scale, dh)
         return [check.relative(a, b) for a, b in zip(got, expected, strict=True)]
 
-    assert max(draw(ProductChain)) < 1e-5
+    assert max(draw(ProductBackend)) < 1e-5
     monkeypatch.setattr(torch, 'softmax', lambda x, dim, out=None: torch.exp(x, out=out))
-    assert max(draw(ProductChain)) > 0.1
+    assert max(draw(ProductBackend)) > 0.1
     monkeypatch.setattr(torch, 'softmax', lambda x, dim, out=None: torch.mul(x, math.nan, out=out))
-    assert not any(error <= 1e-5 for error in draw(ProductChain))
+    assert not any(error <= 1e-5 for error in draw(ProductBackend))
 
 
 @pytest.mark.parametrize('name', ['ours', 'ours, recompute', 'plain path', 'merged formula, autograd', 'SDPA k times'])

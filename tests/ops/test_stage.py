@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.stage.check import (
     TOLERANCE,
     bound,
-    chain_written_out,
     errors,
     outputs,
     reference,
     relative,
+    sub_blocks_written_out,
     written_out,
 )
 from tests.support.process import ROOT, run
@@ -133,12 +133,12 @@ def test_products_of_low_precision_operands(dtype, logits):
     q, keys, g, dh = (torch.randn(b, m, width).to(dtype) for width in (d, d, k * c, k * c))
     t = (torch.randn(k * c, k * c) / (2 * c ** 0.5)).to(dtype)
     scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
-    expected = chain_written_out(q, keys, g, t, c, scale, dh)
-    chain = ops_products.ProductChain(q, m, c, scale)
-    chain.dtype, chain.sums, chain.one_by_one = dtype, torch.float32, False
+    expected = sub_blocks_written_out(q, keys, g, t, c, scale, dh)
+    backend = ops_products.ProductBackend(q, m, c, scale)
+    backend.dtype, backend.sums, backend.one_by_one = dtype, torch.float32, False
     h, dq, dk, dg = (torch.full_like(z, float('nan')) for z in (dh, q, keys, g))
-    chain.forward(q, keys, g, h, None, t)
-    chain.backward(q, keys, g, h, None, t, dh, dq, dk, dg)
+    backend.forward(q, keys, g, h, None, t)
+    backend.backward(q, keys, g, h, None, t, dh, dq, dk, dg)
     for got, value in zip((h, dq, dk, dg), expected, strict=True):
         assert relative(got, value) <= TOLERANCE[dtype]
 
@@ -158,7 +158,7 @@ def test_what_is_kept_for_the_backward_pass(k):
 
 @pytest.mark.parametrize('frugal', [1, 1 << 20, 1 << 30])
 def test_recomputing_changes_nothing(monkeypatch, frugal):
-    monkeypatch.setattr('timm_nonlocal.ops.stage.FRUGAL_BYTES', frugal)
+    monkeypatch.setattr('timm_nonlocal.ops.stage.RECOMPUTE_BYTES', frugal)
     module, x = NonlocalStage(C, 3), torch.randn(5, C, 6, 6)
     dz = torch.randn_like(x)
     before = outputs(module, x, dz)
@@ -170,14 +170,14 @@ def test_recomputing_changes_nothing(monkeypatch, frugal):
 def test_one_closing_pass_whatever_k_is(monkeypatch):
     """Of the products of the backward pass, two give an M×M matrix: A again, and dA."""
     square = []
-    product = ops_products.ProductChain._product
+    product = ops_products.ProductBackend._product
 
     def counted(self, a, b, *args, **kwargs):
         result = product(self, a, b, *args, **kwargs)
         square.append(result.shape[1:] == (64, 64))
         return result
 
-    monkeypatch.setattr(ops_products.ProductChain, '_product', counted)
+    monkeypatch.setattr(ops_products.ProductBackend, '_product', counted)
     for k in (1, 2, 6):
         z = NonlocalStage(C, k)(torch.randn(1, C, 8, 8, requires_grad=True))
         square.clear()
@@ -275,12 +275,12 @@ def test_no_image():
 
 @DEVICES
 @pytest.mark.parametrize('recompute', [False, True])
-@pytest.mark.parametrize('difference', [False, True])
-def test_operator_is_well_formed(device, recompute, difference):
+@pytest.mark.parametrize('formulation', ['original', 'proposed'])
+def test_operator_is_well_formed(device, recompute, formulation):
     """Schema, shapes of fake tensors, autograd registration and compilation, as torch checks them."""
     w_in, w_out = (torch.randn(shape, device=device, requires_grad=True) for shape in ((4 * 8, 16), (16, 2 * 8)))
     x = torch.randn(3, 5, 16, device=device, requires_grad=True)
-    options = 8, 2, 0.3, difference, not recompute, recompute
+    options = 8, 2, 0.3, formulation, 'products', True, recompute
     torch.library.opcheck(torch.ops.timm_nonlocal.stage, (x, w_in, w_out, *options))
 
 

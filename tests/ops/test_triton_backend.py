@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from benchmarks.stage.check import TOLERANCE, bound, chain_written_out, errors, relative
+from benchmarks.stage.check import TOLERANCE, bound, errors, relative, sub_blocks_written_out
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 if not INTERPRETED and not torch.cuda.is_available():
@@ -17,8 +17,8 @@ if not INTERPRETED and not torch.cuda.is_available():
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
 DTYPES = [torch.bfloat16, torch.float16] + [torch.float32] * INTERPRETED  # tensor cores would round float32
 # dtype, largest logit, deterministic, and whether H is A G - G or A G
-CASES = [*((dtype, 5.0, False, True) for dtype in DTYPES), (torch.bfloat16, 100.0, False, True),
-         (torch.bfloat16, 100.0, True, True), (torch.bfloat16, 100.0, False, False)]
+CASES = [*((dtype, 5.0, False, 'proposed') for dtype in DTYPES), (torch.bfloat16, 100.0, False, 'proposed'),
+         (torch.bfloat16, 100.0, True, 'proposed'), (torch.bfloat16, 100.0, False, 'original')]
 
 
 @pytest.fixture(autouse=True)
@@ -73,10 +73,10 @@ def split(projected, dim):
     return projected[:, :, :dim], projected[:, :, dim:2 * dim], projected[:, :, 2 * dim:]
 
 
-def chain(projected, t, dh, dim, inner, scale, deterministic=False, difference=True):
+def computed(projected, t, dh, dim, inner, scale, deterministic=False, formulation='proposed'):
     """H, dQ, dK and dG⁰; every output starts as NaN."""
-    from timm_nonlocal.ops.triton_backend import TritonChain
-    own = TritonChain(projected, projected.shape[1], inner, scale, difference)
+    from timm_nonlocal.ops.triton_backend import TritonBackend
+    own = TritonBackend(projected, projected.shape[1], inner, scale, formulation)
     projected, dh = projected.clone(), dh.clone()
     nan = float('nan')
     h = torch.full((*dh.shape[:2], own.halves * dh.shape[2]), nan, dtype=dh.dtype, device=DEVICE)
@@ -101,13 +101,13 @@ def chain(projected, t, dh, dim, inner, scale, deterministic=False, difference=T
     (1, 33, 128, 128, 2),
 ])
 def test_accuracy(case, images, positions, dim, inner, k):
-    dtype, logits, deterministic, difference = case
+    dtype, logits, deterministic, formulation = case
     projected, t, dh = operands(dtype, images, positions, dim, inner, k)
     q, keys, g = split(projected, dim)
     scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
-    plain, expected = (chain_written_out(q, keys, g, t, inner, scale, dh, difference, kind)
+    plain, expected = (sub_blocks_written_out(q, keys, g, t, inner, scale, dh, formulation, kind)
                        for kind in (dtype, torch.float64))
-    got = chain(projected, t, dh, dim, inner, scale, deterministic, difference)
+    got = computed(projected, t, dh, dim, inner, scale, deterministic, formulation)
     for name, error, most in zip(('H', 'dQ', 'dK', 'dG'), errors(got, expected), bound(dtype, plain, expected),
                                  strict=True):
         assert error <= most, name
@@ -115,7 +115,7 @@ def test_accuracy(case, images, positions, dim, inner, k):
 
 def test_deterministic_runs_agree_in_every_bit():
     projected, t, dh = operands(torch.bfloat16, 2, 100, 32, 32, 2)
-    first, second = (chain(projected, t, dh, 32, 32, 0.2, deterministic=True) for _ in range(2))
+    first, second = (computed(projected, t, dh, 32, 32, 0.2, deterministic=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -125,8 +125,8 @@ def test_inputs_without_differences(dtype, positions):
     """H = 0; the errors of what is zero are measured against what cancels."""
     projected, t, dh = operands(dtype, 2, positions, 32, 32, 2)
     projected[:] = projected[:, :1]
-    expected = chain_written_out(*split(projected, 32), t, 32, 0.2, dh)
-    h, dq, dk, dg = chain(projected, t, dh, 32, 32, 0.2)
+    expected = sub_blocks_written_out(*split(projected, 32), t, 32, 0.2, dh)
+    h, dq, dk, dg = computed(projected, t, dh, 32, 32, 0.2)
     assert h.double().norm() <= TOLERANCE[dtype] * projected.double().norm()
     assert (dg.double() - expected[3]).norm() <= TOLERANCE[dtype] * dh.double().norm()
     for z in (dq, dk):
@@ -138,7 +138,7 @@ def test_constants_are_fixed_points(dtype):
     """A rounded to 16 bits still has rows that sum to one: where G is constant, H vanishes as in float32."""
     projected, t, dh = operands(dtype, 1, 100, 32, 32, 1)
     projected[:, :, 64:] = projected[:, :1, 64:]
-    h = chain(projected, t, dh, 32, 32, 1.0)[0]
+    h = computed(projected, t, dh, 32, 32, 1.0)[0]
     assert h.abs().max() <= 1e-5 * projected[:, :, 64:].abs().max()
 
 
@@ -148,18 +148,17 @@ def test_no_nan_where_the_logits_are_finite(dtype, size):
     projected, t, dh = operands(dtype, 1, 40, 16, 16, 2)
     projected[:, :, :32] *= size
     projected[:, 3] = 0
-    assert all(z.isfinite().all() for z in chain(projected, t, dh, 16, 16, 0.25))
+    assert all(z.isfinite().all() for z in computed(projected, t, dh, 16, 16, 0.25))
 
 
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('options', [dict(), dict(symmetric=True), dict(affinity='gaussian', scale=0.02)], ids=str)
 def test_block_and_stage(monkeypatch, recompute, options):
-    """The whole operator with this chain, some images at a time."""
+    """The whole operator with this backend, some images at a time."""
     from timm_nonlocal import NonlocalBlock, NonlocalStage
     from timm_nonlocal.ops import stage as ops
-    from timm_nonlocal.ops.triton_backend import TritonChain
-    monkeypatch.setattr(ops, 'choose_chain', lambda *_: TritonChain)
-    monkeypatch.setattr(ops, 'FRUGAL_BYTES', 1 << 18)
+    monkeypatch.setattr(ops, 'can_run_triton', lambda *_: True)
+    monkeypatch.setattr(ops, 'RECOMPUTE_BYTES', 1 << 18)
     x = torch.randn(5, 32, 6, 7, dtype=torch.bfloat16, device=DEVICE)
     dz = torch.randn_like(x)
     modules = [NonlocalStage(32, 2, recompute=recompute, **options)] + [NonlocalBlock(32, **options)] * (not recompute)

@@ -35,6 +35,7 @@ class Affinity(nn.Module):
 
     embedded = True  # learns θ (and φ) in front of the kernel
     softmax: Final[bool] = False  # A = softmax(s Q Kᵀ), which `ops` and attention kernels apply unwritten
+    semidefinite = False  # K is positive semidefinite and nonnegative where the keys are the queries
     normalize = 'row_sum'
     reason = ''  # why the other normaliser is refused
 
@@ -83,6 +84,7 @@ class Gaussian(Affinity):
 
     embedded = False
     softmax: Final[bool] = True
+    semidefinite = True
     reason = 'exp grows without bound, and only its row sum keeps it finite'
 
     @staticmethod
@@ -103,6 +105,7 @@ class Uniform(Affinity):
     """Control: every position relates equally to every other, A = 1/M. The stage is then a centred 1×1 convolution."""
 
     embedded = False
+    semidefinite = True
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         return q.new_full((1, 1, q.shape[1]), 1.0 / q.shape[1])  # one row stands for all
@@ -112,6 +115,7 @@ class Identity(Affinity):
     """Control: every position relates to itself alone, A = I (the Dirac case of the paper's section 2.2)."""
 
     embedded = False
+    semidefinite = True
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         return torch.eye(q.shape[1], device=q.device, dtype=q.dtype).unsqueeze(0)  # (1, M, M)
@@ -165,6 +169,7 @@ class PositiveDotProduct(ProductOfFeatures):
     them near zero; without the 1, a row whose features are all negative would have none.
     """
 
+    semidefinite = True
     reason = 'its row sum is what makes the rows of A sum to one'
 
     def __init__(

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..ops.stage import nonlocal_stage
+from ..ops import nonlocal_stage
 from .affinity import affinity_class
+from .stable import make_stable
 
 INITS = ('xavier_normal', 'kaiming_normal', 'torch', 'normal', 'zero')
 
@@ -155,7 +156,7 @@ class NonlocalBlock(_Nonlocal):
         if not torch.jit.is_scripting():
             if self.merged and self.affinity.softmax and not _only_plain_tensor_code(x):
                 return _grid(nonlocal_stage(tokens, self.embedding_weights(), [self.g.weight], [self.z.weight],
-                                            self.affinity.scale, difference=False), x)
+                                            self.affinity.scale, formulation='original'), x)
         q, k = self.embed(tokens)
         g = self.g(tokens)  # (B, M, C')
         if not self.merged:
@@ -197,10 +198,12 @@ class NonlocalStage(_Nonlocal):
             (exact); False follows eq. (8) literally.
         recompute: keep only the stage's input for the backward pass, which then takes the time of a forward pass
             more (merged stages with a softmax affinity, which keep no M×M matrix in any case).
+        stable: weights with which no sub-block can amplify ‖Z‖ in the norm that A is symmetric in, at no loss of
+            generality (`layers.stable`); for kernels that are symmetric and positive semidefinite.
         inner_dim, affinity, symmetric, scale, normalize, init: as in `NonlocalBlock`.
 
     Raises:
-        ValueError: as `NonlocalBlock`, or k < 1.
+        ValueError: as `NonlocalBlock`, k < 1, or stable=True with a kernel for which it guarantees nothing.
     """
 
     def __init__(
@@ -215,6 +218,7 @@ class NonlocalStage(_Nonlocal):
             init: str = 'xavier_normal',
             merged: bool = True,
             recompute: bool = False,
+            stable: bool = False,
             device=None,
             dtype=None,
     ):
@@ -223,6 +227,21 @@ class NonlocalStage(_Nonlocal):
         super().__init__(dim, inner_dim, affinity, symmetric, scale, normalize, init, dd)
         self.sub_blocks = nn.ModuleList(SubBlock(dim, inner_dim, init, **dd) for _ in range(_positive('k', k)))
         self.merged, self.recompute = merged, recompute
+        if stable:
+            self._refuse_unstable(affinity, symmetric)
+            for sub_block in self.sub_blocks:
+                make_stable(sub_block.g, sub_block.z)
+
+    def _refuse_unstable(self, affinity: str, symmetric: bool) -> None:
+        if not self.affinity.semidefinite:
+            raise ValueError(f'stable=True guarantees nothing for affinity={affinity!r}, whose kernel is not positive '
+                             f"semidefinite and nonnegative: use 'embedded_gaussian', 'gaussian' or "
+                             f"'positive_dot_product'")
+        if self.affinity.embedded and not symmetric:
+            raise ValueError('stable=True guarantees nothing for θ ≠ φ, where A need not be similar to a symmetric '
+                             'matrix: use symmetric=True too')
+        if self.affinity.scale < 0:
+            raise ValueError(f'stable=True guarantees nothing for scale={self.affinity.scale}: use one of at least 0')
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
@@ -262,7 +281,7 @@ class NonlocalStage(_Nonlocal):
     def _fused(self, x: Tensor) -> Tensor:
         """Zᵏ as `_merged` has it, by one operator that keeps no A for the backward pass."""
         w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
-        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, self.affinity.scale, self.recompute)
+        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, self.affinity.scale, recompute=self.recompute)
 
 
 KINDS = {'original': NonlocalBlocks, 'proposed': NonlocalStage}  # both take (dim, k, …)

@@ -1,4 +1,4 @@
-"""The chain of a nonlocal stage by Triton kernels, for bfloat16 and float16 on a GPU.
+"""The sub-blocks of a nonlocal stage by Triton kernels, for bfloat16 and float16 on a GPU.
 
 Shapes as in `ops_products`.
 """
@@ -23,10 +23,10 @@ _fitting: dict[tuple, int] = {}  # which tile that was
 LOG2_E = 1.4426950408889634
 
 
-class TritonChain:
-    """The chain of one call of the stage, with the interface of `ops_products.ProductChain`."""
+class TritonBackend:
+    """The sub-blocks of one call of the stage, with the interface of `ops_products.ProductBackend`."""
 
-    statistics = 3  # top, mass and norm, each in one piece for an image
+    statistics = 3  # row_max, row_sum and lse, each in one piece for an image
     halves = 2  # of H: its values and what rounding took off them
     images = 65535  # the limit of a grid
 
@@ -40,43 +40,43 @@ class TritonChain:
     def operands(like: Tensor) -> torch.dtype:
         return like.dtype
 
-    def __init__(self, like: Tensor, positions: int, inner: int, scale: float, difference: bool = True):
-        self.dtype, self.inner, self.scale, self.difference = like.dtype, inner, scale, difference
+    def __init__(self, like: Tensor, positions: int, inner: int, scale: float, formulation: str = 'proposed'):
+        self.dtype, self.inner, self.scale, self.formulation = like.dtype, inner, scale, formulation
 
-    def forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, rows: Tensor, t: Tensor) -> None:
-        """As `ProductChain.forward`."""
+    def forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, row_stats: Tensor, t: Tensor) -> None:
+        """As `ProductBackend.forward`."""
         q, k = _row_major(q), _row_major(k)
         count = g.shape[2] // self.inner
         with torch.cuda.device_of(q):
             for n in range(count):
-                self._launch(apply, q, k, g, h, t, rows, n, *(z.stride(-2) for z in (q, g, h, t)),
-                             FIRST=n == 0, LAST=n == count - 1, DIFFERENCE=self.difference)
+                self._launch(apply, q, k, g, h, t, row_stats, n, *(z.stride(-2) for z in (q, g, h, t)),
+                             FIRST=n == 0, LAST=n == count - 1, DIFFERENCE=self.formulation == 'proposed')
 
-    def backward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, rows: Tensor, t: Tensor,
+    def backward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, row_stats: Tensor, t: Tensor,
                  dh: Tensor, dq: Tensor, dk: Tensor, dg: Tensor) -> None:
-        """As `ProductChain.backward`.
+        """As `ProductBackend.backward`.
 
         dQ is summed by atomic additions, in no fixed order, unless torch is told to be deterministic; then it takes a
         kernel of its own.
         """
         q, k = _row_major(q), _row_major(k)
         count = g.shape[2] // self.inner
-        delta = torch.empty(rows.shape[:2], dtype=torch.float32, device=q.device)
+        delta = torch.empty(row_stats.shape[:2], dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
             for n in reversed(range(count)):
-                self._launch(apply_transposed, q, k, g, h, t, rows, dg, dh, delta, n, count,
+                self._launch(apply_transposed, q, k, g, h, t, row_stats, dg, dh, delta, n, count,
                              *(z.stride(-2) for z in (q, g, h, t, dg, dh)), FIRST=n == 0, LAST=n == count - 1,
-                             DIFFERENCE=self.difference)
+                             DIFFERENCE=self.formulation == 'proposed')
             closing = {'K': count, 'HOLD': count * self.inner <= 192}
             leading = [z.stride(1) for z in (q, g, dh)]
             if torch.are_deterministic_algorithms_enabled():
-                self._launch(close_keys, q, k, g, dh, rows, delta, dq, dk, self.scale, *leading, dk.stride(1),
+                self._launch(close_keys, q, k, g, dh, row_stats, delta, dq, dk, self.scale, *leading, dk.stride(1),
                              ATOMIC=False, **closing)
-                self._launch(close_queries, q, k, g, dh, rows, delta, dq, self.scale, *leading, dq.stride(1),
+                self._launch(close_queries, q, k, g, dh, row_stats, delta, dq, self.scale, *leading, dq.stride(1),
                              **closing)
             else:
                 total = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-                self._launch(close_keys, q, k, g, dh, rows, delta, total, dk, self.scale, *leading, dk.stride(1),
+                self._launch(close_keys, q, k, g, dh, row_stats, delta, total, dk, self.scale, *leading, dk.stride(1),
                              ATOMIC=True, **closing)
                 torch.mul(total, self.scale, out=dq)
 

@@ -1,0 +1,73 @@
+"""Weights with which a nonlocal stage cannot amplify anything, however many sub-blocks it has.
+
+Let K be positive semidefinite with nonnegative entries, such as a Gaussian kernel of one embedding (φ = θ, eq. (13)).
+Then A = D⁻¹K is reversible with respect to π ∝ its row sums and has its eigenvalues in [0, 1]. In ‖Z‖²_π = Σᵢ πᵢ |Zᵢ|²
+a sub-block multiplies the mode of A with eigenvalue 1 - μ by I - μW, and by convexity no mode grows for any μ in [0, 1]
+if and only if ‖I - W‖₂ ≤ 1. All such W of rank C' or less are
+
+    W = U (I - Q) Uᵀ,   U (C, C') with orthonormal columns,   ‖Q‖₂ ≤ 1,
+
+so that W_g = Uᵀ and W_Z = U (I - Q); docs/stability.md has the proof. Both are made by torch's parametrisations: U by
+Cayley's map of a skew-symmetric matrix, Q = I - T by a division where its norm is above 1, so that W = U T Uᵀ for any
+small T and T = 0 is the identity, to which weight decay pulls. Cayley's map reaches every subspace, and the rotation
+inside it is Q's to choose. (torch's Householder map does not survive weight decay, which its diagonal must not see.)
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrize import register_parametrization
+
+__all__ = ['contraction', 'make_stable']
+
+
+def contraction(s: Tensor) -> Tensor:
+    """S / max(1, ‖S‖₂): every matrix of norm 1 or less, each from itself. s, finite, and the result (n, n)."""
+    largest = s.detach().abs().amax().clamp_min(1.0)
+    s = s / largest  # its norm is finite, whatever S is
+    return s / torch.maximum(torch.linalg.matrix_norm(s, 2), 1 / largest)
+
+
+class Damping(nn.Module):
+    """W_Z = U (I - Q) from T, with Q = `contraction(I - T)` and Uᵀ the weight of another layer, which stays its own."""
+
+    def __init__(self, g: nn.Linear):
+        super().__init__()
+        self.outside = (g,)  # in a tuple it is no child, and its parameters are not listed twice
+
+    def forward(self, t: Tensor) -> Tensor:
+        with torch.autocast(t.device.type, enabled=False):
+            u, one = self.outside[0].weight.mT, torch.eye(len(t), device=t.device, dtype=t.dtype)
+            return u @ (one - contraction(one - t))
+
+    def right_inverse(self, z: Tensor) -> Tensor:
+        """T of W_Z, (C, C'), as far as that lies in the range of U."""
+        return self.outside[0].weight @ z
+
+
+class WithoutAutocast(nn.Module):
+    """Another parametrisation in the dtype of its parameters: rounded to eight bits U would not be orthonormal."""
+
+    def __init__(self, parametrization: nn.Module):
+        super().__init__()
+        self.parametrization = parametrization
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.parametrization(x)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return self.parametrization.right_inverse(weight)
+
+
+@torch.no_grad()
+def make_stable(g: nn.Linear, z: nn.Linear) -> None:
+    """Parametrises W_g, the weight (C', C) of g, and W_Z, the weight (C, C') of z, as above.
+
+    U becomes the orthonormal factor of what g holds, and T is drawn with the spread of what z holds: zeros stay zeros.
+    """
+    t = torch.randn(z.in_features, z.in_features, device=z.weight.device, dtype=z.weight.dtype) * z.weight.std()
+    orthogonal(g, 'weight', orthogonal_map='cayley')
+    g.parametrizations.weight[0] = WithoutAutocast(g.parametrizations.weight[0])
+    register_parametrization(z, 'weight', Damping(g))
+    z.parametrizations.weight.original.copy_(t)
