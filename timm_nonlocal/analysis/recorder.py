@@ -177,6 +177,13 @@ def watch(model: nn.Module, images: Tensor, labels: Tensor | None = None,
             the first block's A; [] and None where π leaves out positions, `dynamics.NEGLIGIBLE`), and `dirichlet`,
             `variance` and `power` after 0…k blocks over those of the input, in the first block's A. Of an A that is
             no Markov matrix only the last three, with uniform weights.
+
+    Example:
+        >>> model = nn.Sequential(NonlocalStage(4, k=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+        >>> found = watch(model, torch.randn(3, 4, 5, 5))
+        >>> stage = found['modules']['0']
+        >>> found['images'], stage['is_markov'], len(stage['kappa']), stage['variance'][0]
+        (3, True, 2, 1.0)
     """
     doubles = {name: copy.deepcopy(module).double() for name, module in nonlocal_modules(model).items()}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in doubles}

@@ -274,6 +274,12 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
 
     Raises:
         ValueError: a weight that is not floating point, or a key_map of another form.
+
+    Example:
+        >>> from timm_nonlocal import NonlocalStage, spectrum
+        >>> records = spectrum(NonlocalStage(64, k=2))
+        >>> [(record.index, record.formulation, record.n_neg, record.n_pos) for record in records]  # C' of each sign
+        [(0, 'proposed', 32, 32), (1, 'proposed', 32, 32)]
     """
     norms = {}
     if isinstance(model_or_state_dict, nn.Module):

@@ -35,6 +35,14 @@ def stability(weights: Sequence[tuple[Tensor, Tensor]], formulation: str, symmet
 
     Raises:
         OverflowError: κ² might exceed what float64 holds.
+
+    Example:
+        >>> eye = torch.eye(4)
+        >>> (diffuses, amplifies), stage = stability([(eye, eye / 2), (eye, -eye / 2)], 'proposed')
+        >>> [round(number, 3) for number in (diffuses['kappa'], amplifies['kappa'], stage['kappa'])]
+        [1.0, 1.5, 1.0]
+        >>> amplifies['outside']  # all eigenvalues of -I/2
+        4
     """
     basis = 'given' if mu_max is not None else 'bound' if symmetric else 'assumed'
     mu_max = 1.0 if mu_max is None else mu_max

@@ -114,6 +114,11 @@ def find(shapes: Mapping[str, Shape | None], key_map: dict[str, re.Pattern] | No
     Args:
         shapes: the shape of every tensor by its name; None for a shape not known yet, which then fits.
         key_map: from `parse_key_map`: how blocks are named where no known layout fits.
+
+    Example:
+        >>> shapes = {'nl.theta.weight': (2, 4), 'nl.g.weight': (2, 4), 'nl.z.weight': (4, 2), 'fc.weight': (10, 4)}
+        >>> [(block.name, block.naming, block.formulation, block.symmetric) for block in find(shapes).blocks]
+        [('nl', 'timm_nonlocal', 'original', True)]
     """
     found = Found()
     names = {_WRAPPERS.sub('', name) if _WRAPPERS.match(name) else name: name for name in shapes}

@@ -113,6 +113,15 @@ def open_target(target: str, options: Options | None = None) -> Source:
         CheckpointError: nothing of the kind is there, or it cannot be read.
         UnsafePickleError: it is a pickle that holds more than tensors, or one on the Hub that nobody allowed.
         HubError: the Hub cannot be reached, or does not let us in.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({'g.weight': torch.ones(2, 4)}, f'{folder}/model.safetensors')
+        ...     source = open_target(folder)
+        ...     source.kind, source.tensors.shapes, source.tensors.read(['g.weight'])['g.weight'].sum().item()
+        ('dir', {'g.weight': (2, 4)}, 8.0)
     """
     options = options or Options()
     if match := re.fullmatch(r'(?:hf[-_]hub:|hf://)(.*)', target):
