@@ -198,7 +198,7 @@ def _known(view: Mapping[str, Shape | None]) -> Iterator[Block]:
                     continue
                 norm = next((_join(prefix, norm) for norm in layout.norm
                              if {_join(prefix, norm, part) for part in ('weight', 'running_var')} & view.keys()), None)
-                yield _block(layout, prefix, module, z, modules, view, norm=norm, scale=scale)
+                yield _block(layout, prefix, module, z, modules=modules, view=view, norm=norm, scale=scale)
 
 
 def _block(layout: Layout, prefix: str, g: str, z: str, modules: Mapping[str, str],
