@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from timm_nonlocal import paper
-from timm_nonlocal.analysis.random_weights import null_negative
+from timm_nonlocal.analysis.random_weights import negative_of_random_weights
 from timm_nonlocal.recipes import PAPER
 
 from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, median_runs, recipe_name, shipped
@@ -88,7 +88,7 @@ def _judge_spectrum(claim: str, tops: list[tuple[float, ...]]) -> str:
 def signs(claim: str, tops: list[tuple[float, ...]]) -> tuple[list[int], float, float]:
     """How many of each block's top eigenvalues are 'negative' or 'positive', and what chance gives, ± its deviation."""
     sign = -1 if claim == 'negative' else 1
-    return [sum(value * sign > 0 for value in top) for top in tops], *null_negative(*SIZE, len(tops[0]))
+    return [sum(value * sign > 0 for value in top) for top in tops], *negative_of_random_weights(*SIZE, len(tops[0]))
 
 
 def beyond_chance(counts: list[int], expected: float, spread: float) -> bool:

@@ -7,6 +7,9 @@ medians of five runs, in per cent of the test images; its figures' numbers are n
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+__all__ = ['ARXIV', 'CITATION', 'FIGURES', 'FIGURE_DATASET', 'RUNS', 'TABLES', 'TITLE', 'UNRANKED', 'Figure', 'Panel',
+           'Row', 'Table', 'claims', 'error', 'recipe']
+
 TITLE = 'Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling'
 ARXIV = '1806.00681'
 CITATION = f"""@inproceedings{{tao2018nonlocal,

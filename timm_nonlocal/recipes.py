@@ -3,8 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+__all__ = ['ANNEALS', 'FINE_TUNING', 'MEANS', 'PAPER', 'RECIPES', 'SHORT', 'Recipe', 'nearest', 'recipe_id']
+
 ANNEALS = 'steps', 'linear'
 MEANS = 'image', 'colour'
+NEWER = 'nesterov', 'warmup', 'anneal', 'mean'  # fields that older lines of results lack
+KINDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', tuple: 'a list of whole numbers'}
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,15 @@ class Recipe:
         anneal: after the warm-up 'steps' (see milestones) or 'linear' to zero.
         mean: what is subtracted from the images, the training images' 'image' (per pixel) or 'colour' (per channel,
             as timm's transforms do).
+
+    Example:
+        >>> recipe = Recipe(epochs=4, milestones=(2, 3))
+        >>> [round(recipe.lr_at(step, steps_per_epoch=1), 4) for step in range(4)]
+        [0.1, 0.1, 0.01, 0.001]
+        >>> recipe_id(recipe)
+        'paper epochs=4 milestones=[2, 3]'
+        >>> Recipe.from_dict(recipe.to_dict()) == recipe
+        True
     """
 
     epochs: int = 164
@@ -54,7 +67,26 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> 'Recipe':
-        """The recipe that `to_dict` wrote; fields that it lacks are the paper's. Raises TypeError for unknown ones."""
+        """The recipe that `to_dict` wrote; of `NEWER` fields that it lacks the paper's.
+
+        Raises:
+            ValueError: a field is unknown, missing or of another type.
+        """
+        known = cls.__dataclass_fields__
+        if not isinstance(fields, dict):
+            raise ValueError(f'a recipe has fields, it is not {fields!r:.80}')
+        if unknown := [name for name in fields if name not in known]:
+            raise ValueError(f'a recipe has no {", ".join(map(repr, unknown))}')
+        if missing := [name for name in known if name not in fields and name not in NEWER]:
+            raise ValueError(f'the recipe lacks {", ".join(missing)}')
+        for name, value in fields.items():
+            kind = type(known[name].default)
+            if kind is tuple:
+                fits = isinstance(value, (list, tuple)) and all(type(epoch) is int for epoch in value)
+            else:
+                fits = type(value) is kind or (kind is float and type(value) is int)
+            if not fits:
+                raise ValueError(f"the recipe's {name} is {value!r:.80}, not {KINDS[kind]}")
         return cls(**{**fields, 'milestones': tuple(fields['milestones'])})
 
     def changes(self, base: 'Recipe') -> dict[str, Any]:

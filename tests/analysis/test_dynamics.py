@@ -44,7 +44,7 @@ def dense_gain(a, pi, weights, formulation):
 @pytest.mark.parametrize('formulation', ['proposed', 'original'])
 @pytest.mark.parametrize('count', [1, 3])
 def test_amplification_is_the_norm_of_the_written_out_operator(kind, formulation, count):
-    chain, weights = dynamics.chain(kernel(kind)), pairs(count)
+    chain, weights = dynamics.markov_chain(kernel(kind)), pairs(count)
     assert chain.reversible == (kind != 'general')
     expected = max(1.0, dense_gain(chain.a, chain.pi, weights, formulation))
     found = dynamics.amplification(chain, weights, formulation, steps=60)
@@ -59,7 +59,7 @@ def test_kappa_bounds_every_positive_definite_kernel(formulation):
     blocks, stage = stability(weights, formulation, symmetric=True)
     assert (stage['mu_max'], stage['mu_basis']) == (1.0, 'bound')
     for _ in range(5):
-        chain = dynamics.chain(kernel('positive definite'))
+        chain = dynamics.markov_chain(kernel('positive definite'))
         assert chain.mu_max <= 1 + 1e-12
         for pair, block in zip(weights, blocks, strict=True):
             assert dynamics.amplification(chain, [pair], formulation) <= block['kappa'] * (1 + 1e-9)
@@ -89,7 +89,7 @@ def test_reduced_weights_have_the_same_kappa():
 
 @pytest.mark.parametrize('formulation', ['proposed', 'original'])
 def test_wide_stages_take_another_way_to_the_same_number(formulation, monkeypatch):
-    weights, chain = pairs(3), dynamics.chain(kernel('positive definite'))
+    weights, chain = pairs(3), dynamics.markov_chain(kernel('positive definite'))
     ws = [w_z @ w_g for w_z, w_g in weights]
     narrow = dynamics.kappa(ws, 1.0, formulation), dynamics.amplification(chain, weights, formulation)
     monkeypatch.setattr(dynamics, 'WIDE', C - 1)
@@ -122,7 +122,7 @@ def test_cfl_disc(mu, value):
 @pytest.mark.parametrize('kind', ['positive definite', 'symmetric', 'general'])
 def test_markov_numbers(kind):
     a = kernel(kind)
-    chain = dynamics.chain(a)
+    chain = dynamics.markov_chain(a)
     assert (chain.pi @ a - chain.pi).abs().max() < 1e-12 and chain.pi.sum() == pytest.approx(1)
     values = torch.linalg.eigvals(a)
     values = values[(values - 1).abs().argsort()][1:]
@@ -137,10 +137,10 @@ def test_markov_numbers(kind):
 
 
 def test_the_two_controls_as_chains():
-    uniform = dynamics.markov(dynamics.chain(torch.full((M, M), 1 / M, dtype=torch.float64)))
+    uniform = dynamics.markov(dynamics.markov_chain(torch.full((M, M), 1 / M, dtype=torch.float64)))
     assert uniform['entropy'] == pytest.approx(math.log(M)) and uniform['neighbours'] == pytest.approx(M)
     assert (uniform['second'], uniform['mu_max']) == pytest.approx((0, 1), abs=1e-9)
-    identity = dynamics.markov(dynamics.chain(EYE.clone()))
+    identity = dynamics.markov(dynamics.markov_chain(EYE.clone()))
     assert (identity['entropy'], identity['neighbours'], identity['second']) == pytest.approx((0, 1, 1))
     assert identity['mu_max'] == pytest.approx(0, abs=1e-9)
 
@@ -155,7 +155,7 @@ def test_a_chain_of_two_islands_has_the_stationary_distribution_of_the_uniform_s
 
 @pytest.mark.parametrize('kind', ['positive definite', 'general'])
 def test_energies_and_the_conserved_mean(kind):
-    chain, z = dynamics.chain(kernel(kind)), torch.randn(M, C, dtype=torch.float64)
+    chain, z = dynamics.markov_chain(kernel(kind)), torch.randn(M, C, dtype=torch.float64)
     found = dynamics.energies(chain.a, chain.pi, z)
     distances = torch.cdist(z, z).square()
     assert found['dirichlet'] == pytest.approx(0.5 * (chain.pi[:, None] * chain.a * distances).sum().item())
@@ -170,7 +170,7 @@ def test_energies_and_the_conserved_mean(kind):
 
 def test_diffusion_lowers_what_it_should():
     """W = I/2: Z ← (Z + A Z)/2 lowers variance and Dirichlet energy; W = -I/2 raises them."""
-    chain, z = dynamics.chain(kernel('positive definite')), torch.randn(M, C, dtype=torch.float64)
+    chain, z = dynamics.markov_chain(kernel('positive definite')), torch.randn(M, C, dtype=torch.float64)
     before = dynamics.energies(chain.a, chain.pi, z)
     for sign in (1, -1):
         after = dynamics.energies(chain.a, chain.pi, z + sign * 0.5 * (chain.a @ z - z))
@@ -191,7 +191,7 @@ def test_a_chain_that_is_not_reversible_where_it_hardly_is():
         a = (torch.randn(40, 40, generator=generator, dtype=torch.float64) * 3).softmax(1)
         a[0] = 0
         a[0, 0] = 1  # every walk ends there
-        c = dynamics.chain(a)
+        c = dynamics.markov_chain(a)
         expected = torch.linalg.eigvals(a).abs().sort().values[-2].item()  # beside the 1 of the constants
         assert c.defect < dynamics.REVERSIBLE and not c.reversible and not c.weighs_all
         assert c.values.abs().max().item() == pytest.approx(expected, rel=1e-6)

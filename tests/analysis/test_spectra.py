@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import timm_nonlocal
 from timm_nonlocal import NonlocalStage, spectrum
-from timm_nonlocal.analysis.random_weights import DRAWS_KEPT, KEPT, USUAL, deviation, null_negative
+from timm_nonlocal.analysis.random_weights import DRAWS_KEPT, KEPT, USUAL, deviation, negative_of_random_weights
 from timm_nonlocal.analysis.spectra import numbers, restricted, symmetric_eigenvalues
 
 SEEDED = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -107,15 +107,15 @@ def test_tied_weights_have_one_sign():
 
 def test_expectation_of_random_weights():
     """16.0 ± 0.6 at C = 64, C' = 32, against draws of its own; exactly C' where everything is counted."""
-    mean, deviation = null_negative(64, 32, 32)
+    mean, deviation = negative_of_random_weights(64, 32, 32)
     counts = torch.tensor([float(numbers(torch.randn(64, 32), torch.randn(32, 64))['neg_top']) for _ in range(400)])
     assert mean == 16 and round(deviation, 1) == 0.6
     assert counts.mean().item() == pytest.approx(mean, abs=0.15)
     assert counts.std().item() == pytest.approx(deviation, abs=0.1)
     for shape in ((128, 64), (2048, 256), (64, 64), (512, 64), (48, 24)):
-        mean, deviation = null_negative(*shape, 32)
+        mean, deviation = negative_of_random_weights(*shape, 32)
         assert mean == 16 and 0.4 < deviation < 0.75, shape
-    assert null_negative(64, 8, 32) == null_negative(64, 8, None) == (8, 0)
+    assert negative_of_random_weights(64, 8, 32) == negative_of_random_weights(64, 8, None) == (8, 0)
 
 
 def test_kept_deviations_are_those_that_are_drawn():
@@ -123,14 +123,14 @@ def test_kept_deviations_are_those_that_are_drawn():
     assert kept['draws'] == DRAWS_KEPT and list(kept['deviations']) == [','.join(map(str, shape)) for shape in USUAL]
     for shape, value in zip(USUAL, kept['deviations'].values(), strict=True):
         assert deviation(*shape) == pytest.approx(value, abs=0.06)  # 500 draws against 20,000
-    assert null_negative(2048, 256, 32) == (16, kept['deviations']['256,32,32'])
+    assert negative_of_random_weights(2048, 256, 32) == (16, kept['deviations']['256,32,32'])
 
 
 def test_the_random_stream_of_the_caller_is_left_alone():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    null_negative(96, 31, 7)
+    negative_of_random_weights(96, 31, 7)
     assert torch.equal(torch.rand(3), expected)
 
 

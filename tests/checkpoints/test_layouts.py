@@ -9,7 +9,7 @@ from timm.layers import NonLocalAttn
 from torch import nn
 
 from timm_nonlocal import NonlocalBlock, NonlocalBlocks, NonlocalStage, spectrum
-from timm_nonlocal.analysis.spectra import weights
+from timm_nonlocal.analysis.spectra import block_weights
 from timm_nonlocal.checkpoints.layouts import find, near, parse_key_map
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -42,7 +42,7 @@ def operator(module, channels, dims):
 def folded(module):
     state = module.state_dict()
     (block,) = find({name: tuple(tensor.shape) for name, tensor in state.items()}).blocks
-    w_z, w_g, factor = weights(block, state, 1e-5)
+    w_z, w_g, factor = block_weights(block, state, 1e-5)
     return block, factor[:, None] * w_z @ w_g
 
 

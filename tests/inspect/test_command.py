@@ -105,7 +105,7 @@ def test_markdown(inspect, weights):
 def test_output_file(inspect, weights, tmp_path):
     shown = inspect(weights[0], '--json')[1]
     assert inspect(weights[0], '--json', '-o', tmp_path / 'out.json') == (0, '', '')
-    assert (tmp_path / 'out.json').read_text() == shown and not list(tmp_path.glob('.part*'))
+    assert (tmp_path / 'out.json').read_text() == shown and not list(tmp_path.glob('.*'))
     code, _, err = inspect(weights[0], '-o', tmp_path / 'missing' / 'out')
     assert code == 2 and err.count('\n') == 1
 
@@ -241,7 +241,7 @@ def test_plot(inspect, weights, tmp_path, suffix, magic, layout):
     arguments = (weights[0], 'preresnet20_nl_original_k3', '--plot', picture, '--layout', layout, '--stability', '-q')
     assert inspect(*arguments)[0] == 0
     data = picture.read_bytes()
-    assert data.startswith(magic) and len(data) > 5000 and not list(tmp_path.glob('.part*'))
+    assert data.startswith(magic) and len(data) > 5000 and not list(tmp_path.glob('.*'))
     assert inspect(*arguments)[0] == 0 and picture.read_bytes() == data
 
 

@@ -20,6 +20,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+__all__ = ['NEGLIGIBLE', 'REVERSIBLE', 'WIDE', 'MarkovChain', 'amplification', 'cfl', 'energies', 'factors', 'gains',
+           'kappa', 'markov', 'markov_chain', 'ritz', 'stationary']
+
 WIDE = 256  # channels above which the product of several steps is not formed
 NEGLIGIBLE = 1e-8  # of the mean weight: positions that A leaves and hardly returns to
 REVERSIBLE = 1e-6  # up to this relative defect of detailed balance A counts as that of a symmetric kernel
@@ -136,7 +139,7 @@ def ritz(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor
 
 
 @dataclass(frozen=True)
-class Chain:
+class MarkovChain:
     """A as the transition matrix of a Markov chain, with what the numbers about it share.
 
     Attributes:
@@ -175,7 +178,7 @@ class Chain:
         return (1 - self.values).abs().max().item()
 
 
-def chain(a: Tensor, steps: int = 96) -> Chain:
+def markov_chain(a: Tensor, steps: int = 96) -> MarkovChain:
     """The chain of A, (M, M), float64, M ≥ 2, nonnegative, whose rows sum to one up to rounding, which is taken out.
 
     Args:
@@ -184,7 +187,7 @@ def chain(a: Tensor, steps: int = 96) -> Chain:
     a = a / a.sum(1, keepdim=True)
     pi = stationary(a)
     flow = pi[:, None] * a
-    bare = Chain(a, pi, ((flow - flow.T).norm() / flow.norm()).item(), a)
+    bare = MarkovChain(a, pi, ((flow - flow.T).norm() / flow.norm()).item(), a)
     if bare.reversible:
         root = pi.sqrt()
         s = bare.balanced - root[:, None] * root  # the constants' eigenvalue becomes a zero
@@ -196,7 +199,7 @@ def chain(a: Tensor, steps: int = 96) -> Chain:
     return replace(bare, values=values)
 
 
-def markov(c: Chain) -> dict[str, float]:
+def markov(c: MarkovChain) -> dict[str, float]:
     """A as a Markov chain (section 4.3), in numbers.
 
     Returns:
@@ -205,8 +208,8 @@ def markov(c: Chain) -> dict[str, float]:
         neighbours: mean over rows of exp(entropy), how many positions a row looks at, from 1 to M.
         diagonal: mean Aᵢᵢ.
         second: |λ₂|, the modulus of the second eigenvalue; 1 - |λ₂| is the mixing rate.
-        mu_max: `Chain.mu_max`.
-        reversibility: `Chain.defect`.
+        mu_max: `MarkovChain.mu_max`.
+        reversibility: `MarkovChain.defect`.
         hilbert_schmidt: ‖A‖_F², from 1 to M: eq. (25) on this grid.
     """
     entropy = torch.special.entr(c.a).sum(1)
@@ -239,7 +242,8 @@ def energies(a: Tensor, pi: Tensor, z: Tensor) -> dict[str, float]:
     return {'dirichlet': dirichlet.item(), 'variance': variance.item(), 'power': (variance + mean @ mean).item()}
 
 
-def amplification(c: Chain, factors_of_w: Sequence[tuple[Tensor, Tensor]], formulation: str, steps: int = 20) -> float:
+def amplification(c: MarkovChain, factors_of_w: Sequence[tuple[Tensor, Tensor]], formulation: str,
+                  steps: int = 20) -> float:
     """The largest ratio of ‖Z‖ after the steps to ‖Z‖ before, in the norm weighted by π, at least 1.
 
     From A's own modes where the chain is reversible; else, and for several steps of more than `WIDE` channels, by

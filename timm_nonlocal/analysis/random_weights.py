@@ -9,16 +9,19 @@ import json
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Optional
 
 import torch
+
+from ..files import write_text
+
+__all__ = ['KEPT', 'USUAL', 'deviation', 'negative_of_random_weights', 'write']
 
 KEPT = Path(__file__).with_name('random_weights.json')
 DRAWS, DRAWS_KEPT = 500, 20_000
 USUAL = [(64, 64, 32), (64, 32, 32), (128, 32, 32), (256, 32, 32), (512, 32, 32)]  # C' = C to C/16, the top 32
 
 
-def null_negative(channels: int, inner: int, top: Optional[int]) -> tuple[float, float]:
+def negative_of_random_weights(channels: int, inner: int, top: int | None) -> tuple[float, float]:
     """Mean and standard deviation of the negative eigenvalues among the top ones, for Gaussian W_Z and W_g.
 
     -W is as likely as W, so the mean is half of what is counted. The deviation is that of draws from a fixed seed; it
@@ -59,4 +62,4 @@ def deviation(channels: int, inner: int, count: int, draws: int = DRAWS) -> floa
 
 def write() -> None:
     deviations = {','.join(map(str, shape)): round(deviation(*shape, DRAWS_KEPT), 3) for shape in USUAL}
-    KEPT.write_text(json.dumps({'draws': DRAWS_KEPT, 'deviations': deviations}, indent=1) + '\n')
+    write_text(KEPT, json.dumps({'draws': DRAWS_KEPT, 'deviations': deviations}, indent=1) + '\n')

@@ -1,4 +1,4 @@
-"""Watches the nonlocal parts of a model over images: A, every Zⁿ, and what becomes of the predictions without A.
+"""Watches the nonlocal modules of a model over images: A, every Zⁿ, and what becomes of the predictions without A.
 
 The model does not know: hooks take the input of every `NonlocalStage`, `NonlocalBlocks` and `NonlocalBlock`, and what
 happens inside is worked out again from `relate` and the weights, in float64, by eq. (1) and eq. (8) as they stand.
@@ -7,7 +7,7 @@ happens inside is worked out again from `relate` and the weights, in float64, by
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,37 +15,41 @@ from torch import Tensor, nn
 from ..layers.blocks import NonlocalBlock, NonlocalBlocks, NonlocalStage
 from . import dynamics
 
+__all__ = ['NonlocalModule', 'affinities', 'block_weights', 'formulation', 'identity', 'nonlocal_modules',
+           'trajectory', 'uniform', 'watch']
+
 SPECTRAL_IMAGES = 4  # what needs the eigenvalues of A is measured on this many
 BATCH = 32
-Part = Union[NonlocalStage, NonlocalBlocks, NonlocalBlock]
+NonlocalModule = NonlocalStage | NonlocalBlocks | NonlocalBlock
 
 
-def parts(model: nn.Module) -> dict[str, Part]:
-    """The nonlocal parts of a model by their names; the blocks of a `NonlocalBlocks` are not listed again."""
-    found: dict[str, Part] = {}
+def nonlocal_modules(model: nn.Module) -> dict[str, NonlocalModule]:
+    """The nonlocal modules of a model by their names; the blocks of a `NonlocalBlocks` are not listed again."""
+    found: dict[str, NonlocalModule] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f'{outer}.') or not outer for outer in found)
-        if isinstance(module, (NonlocalStage, NonlocalBlocks, NonlocalBlock)) and not inside:
+        if isinstance(module, NonlocalModule) and not inside:
             found[name] = module
     return found
 
 
-def formulation(part: Part) -> str:
+def formulation(module: NonlocalModule) -> str:
     """'proposed' for eq. (8), 'original' for eq. (1)."""
-    return 'proposed' if isinstance(part, NonlocalStage) else 'original'
+    return 'proposed' if isinstance(module, NonlocalStage) else 'original'
 
 
-def weights(part: Part) -> list[tuple[Tensor, Tensor]]:
+def _blocks(module: NonlocalModule) -> list[Any]:
+    return [module] if isinstance(module, NonlocalBlock) else list(module.sub_blocks)
+
+
+def block_weights(module: NonlocalModule) -> list[tuple[Tensor, Tensor]]:
     """W_Z, (C, C'), and W_g, (C', C), of every block, in order."""
-    blocks = [part] if isinstance(part, NonlocalBlock) else part.sub_blocks
-    return [(block.z.weight.detach().flatten(1), block.g.weight.detach().flatten(1)) for block in blocks]
+    return [(block.z.weight.detach().flatten(1), block.g.weight.detach().flatten(1)) for block in _blocks(module)]
 
 
-def affinities(part: Part) -> list[Callable[[Tensor], Tensor]]:
+def affinities(module: NonlocalModule) -> list[Callable[[Tensor], Tensor]]:
     """What computes A (B, M, M) from the input (B, M, C) of each block that has an A of its own."""
-    if isinstance(part, NonlocalBlocks):
-        return [block.relate for block in part.sub_blocks]
-    return [part.relate]
+    return [one.relate for one in ([module] if isinstance(module, NonlocalStage) else _blocks(module))]
 
 
 def uniform(x: Tensor) -> Tensor:
@@ -58,23 +62,23 @@ def identity(x: Tensor) -> Tensor:
     return torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[None]
 
 
-def trajectory(part: Part, x: Tensor,
-               relate: Optional[Callable[[Tensor], Tensor]] = None) -> tuple[Tensor, list[Tensor]]:
+def trajectory(module: NonlocalModule, x: Tensor,
+               relate: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
     """The first A and Z⁰ = X, Z¹, …, Zᵏ.
 
     Args:
-        part: the module, in x's dtype.
+        module: in x's dtype.
         x: (B, M, C).
-        relate: what to compute A with in place of the part's own.
+        relate: what to compute A with in place of the module's own.
 
     Returns:
         A (B, M, M) or broadcastable, and k + 1 tensors (B, M, C).
     """
-    own = [relate] if relate else affinities(part)
+    own = [relate] if relate else affinities(module)
     a = first = own[0](x)
     z = [x]
-    for n, (w_z, w_g) in enumerate(weights(part)):
-        if formulation(part) == 'proposed':
+    for n, (w_z, w_g) in enumerate(block_weights(module)):
+        if formulation(module) == 'proposed':
             row_sums = a.sum(-1, keepdim=True)
             z.append(z[-1] + (a @ z[-1] - row_sums * z[-1]) @ w_g.T @ w_z.T)  # eq. (8) with eq. (14)
         else:
@@ -84,10 +88,10 @@ def trajectory(part: Part, x: Tensor,
 
 
 @contextmanager
-def _hooked(model: nn.Module, hook: Callable[[str, Part, Tensor], Optional[Tensor]]) -> Iterator[None]:
-    """Calls hook(name, part, input) after every part's forward; what it gives replaces the output."""
-    handles = [part.register_forward_hook(lambda module, inputs, _, name=name: hook(name, module, inputs[0]))
-               for name, part in parts(model).items()]
+def _hooked(model: nn.Module, hook: Callable[[str, NonlocalModule, Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls hook(name, module, input) after every module's forward; what it gives replaces the output."""
+    handles = [module.register_forward_hook(lambda module, inputs, _, name=name: hook(name, module, inputs[0]))
+               for name, module in nonlocal_modules(model).items()]
     try:
         yield
     finally:
@@ -99,20 +103,20 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
 
 
-def _predict(model: nn.Module, images: Tensor, relate: Optional[Callable[[Tensor], Tensor]] = None) -> Tensor:
+def _predict(model: nn.Module, images: Tensor, relate: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The predicted classes (B,), with A replaced where `relate` is given."""
-    def replace(name: str, part: Part, x: Tensor) -> Optional[Tensor]:
+    def replace(name: str, module: NonlocalModule, x: Tensor) -> Tensor | None:
         if relate is None:
             return None
-        return trajectory(part, _tokens(x), relate)[1][-1].transpose(1, 2).reshape(x.shape)
+        return trajectory(module, _tokens(x), relate)[1][-1].transpose(1, 2).reshape(x.shape)
 
     with _hooked(model, replace):
         return torch.cat([model(batch).argmax(1) for batch in images.split(BATCH)])
 
 
-def _inside(part: Part, x: Tensor, spectral: bool) -> dict[str, Any]:
-    """One image's numbers in one part. x (1, M, C), the part in x's dtype."""
-    a, z = trajectory(part, x)
+def _inside(module: NonlocalModule, x: Tensor, spectral: bool) -> dict[str, Any]:
+    """One image's numbers in one module. x (1, M, C), the module in x's dtype."""
+    a, z = trajectory(module, x)
     a = a.expand(1, x.shape[1], x.shape[1])[0]
     sums = a.sum(1)
     is_markov = a.min() >= 0 and bool(((sums - 1).abs() < 1e-6).all())
@@ -121,7 +125,7 @@ def _inside(part: Part, x: Tensor, spectral: bool) -> dict[str, Any]:
     record: dict[str, Any] = {'is_markov': is_markov, 'track': {
         name: [step[name] for step in track] for name in ('dirichlet', 'variance', 'power')}}
     if spectral and is_markov:
-        chain, ws, kind = dynamics.chain(a), weights(part), formulation(part)
+        chain, ws, kind = dynamics.markov_chain(a), block_weights(module), formulation(module)
         record['markov'] = {'row_sum_error': (sums - 1).abs().max().item(), **dynamics.markov(chain)}
         if chain.weighs_all:
             record['kappa'] = [dynamics.amplification(chain, [w], kind) for w in ws]
@@ -139,7 +143,7 @@ def _mean(records: list[Any]) -> Any:
 
 
 def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What one part shows over all images. Energies are those after n blocks over those of the input."""
+    """What one module shows over all images. Energies are those after n blocks over those of the input."""
     tracks = _mean([record['track'] for record in records])
     spectral = [record for record in records if 'markov' in record]
     weighted = [record for record in records if 'kappa' in record]
@@ -154,9 +158,9 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def watch(model: nn.Module, images: Tensor, labels: Optional[Tensor] = None,
+def watch(model: nn.Module, images: Tensor, labels: Tensor | None = None,
           tick: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
-    """What every nonlocal part does to images, and what the predictions are worth without its A.
+    """What every nonlocal module does to images, and what the predictions are worth without its A.
 
     Args:
         model: in eval mode; it is left as it was.
@@ -168,16 +172,23 @@ def watch(model: nn.Module, images: Tensor, labels: Optional[Tensor] = None,
         images: N; spectral_images: on how many of them A's eigenvalues were taken.
         accuracy: percent with A as learned, uniform (1/M) and identity; None without labels.
         agreement: percent of the images whose prediction stays the same with A uniform and identity.
-        parts: by name, `is_markov` (A ≥ 0 with rows that sum to one), `markov` (`dynamics.markov`, the mean over the
+        modules: by name, `is_markov` (A ≥ 0 with rows that sum to one), `markov` (`dynamics.markov`, the mean over the
             spectral images), `mu_max`, `kappa` of every block and `kappa_stage` (the largest over them, exact for
             the first block's A; [] and None where π leaves out positions, `dynamics.NEGLIGIBLE`), and `dirichlet`,
             `variance` and `power` after 0…k blocks over those of the input, in the first block's A. Of an A that is
             no Markov matrix only the last three, with uniform weights.
+
+    Example:
+        >>> model = nn.Sequential(NonlocalStage(4, k=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+        >>> found = watch(model, torch.randn(3, 4, 5, 5))
+        >>> stage = found['modules']['0']
+        >>> found['images'], stage['is_markov'], len(stage['kappa']), stage['variance'][0]
+        (3, True, 2, 1.0)
     """
-    doubles = {name: copy.deepcopy(part).double() for name, part in parts(model).items()}
+    doubles = {name: copy.deepcopy(module).double() for name, module in nonlocal_modules(model).items()}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in doubles}
 
-    def record(name: str, part: Part, x: Tensor) -> None:
+    def record(name: str, module: NonlocalModule, x: Tensor) -> None:
         done = len(records[name])
         records[name].append(_inside(doubles[name], _tokens(x).double(), done < SPECTRAL_IMAGES))
 
@@ -191,7 +202,7 @@ def watch(model: nn.Module, images: Tensor, labels: Optional[Tensor] = None,
         'accuracy': None if labels is None else {
             name: _percent(found, labels) for name, found in predictions.items()},
         'agreement': {name: _percent(found, learned) for name, found in predictions.items() if name != 'learned'},
-        'parts': {name: _summary(found) for name, found in records.items()},
+        'modules': {name: _summary(found) for name, found in records.items()},
     }
 
 

@@ -8,13 +8,16 @@ random weights give.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.layouts import Block, find, parse_key_map
-from .random_weights import null_negative
+from .random_weights import negative_of_random_weights
+
+__all__ = ['BN_EPS', 'TOP', 'Spectrum', 'block_weights', 'measure', 'numbers', 'restricted', 'spectrum',
+           'symmetric_eigenvalues']
 
 TOP = 32  # the paper's figures show this many
 BN_EPS = 1e-5  # torch's default; a state dict does not carry it
@@ -26,7 +29,7 @@ class Spectrum:
     """The spectrum of one block or sub-block. Numbers are None where undefined, as all are where 'nonfinite' is a flag.
 
     Attributes:
-        stage: the state-dict prefix of the nonlocal part.
+        stage: the state-dict prefix of the nonlocal module.
         index: the block's number in it.
         name: the block's own prefix.
         keys: names in the state dict: `w_z`, `w_g`, the prefix of a batch norm `bn` and the gain `scale` or None.
@@ -61,10 +64,10 @@ class Spectrum:
     stage: str
     index: int
     name: str
-    keys: dict[str, Optional[str]]
+    keys: dict[str, str | None]
     naming: str
     formulation: str
-    symmetric: Optional[bool]
+    symmetric: bool | None
     C: int
     C_inner: int
     method: str
@@ -72,27 +75,27 @@ class Spectrum:
     eigenvalues: tuple[float, ...] = ()
     zeros: int = 0
     top_k: int = 0
-    neg_top: Optional[int] = None
-    pos_top: Optional[int] = None
-    neg_top_null: Optional[float] = None
-    neg_top_null_sd: Optional[float] = None
-    n_neg: Optional[int] = None
-    n_pos: Optional[int] = None
-    lambda_min: Optional[float] = None
-    lambda_max: Optional[float] = None
-    trace: Optional[float] = None
-    fro: Optional[float] = None
-    spectral_norm: Optional[float] = None
-    alignment: Optional[float] = None
-    alignment_null_sd: Optional[float] = None
-    neg_energy: Optional[float] = None
-    asymmetry: Optional[float] = None
-    stable_rank: Optional[float] = None
-    effective_rank: Optional[float] = None
-    nonnormality: Optional[float] = None
+    neg_top: int | None = None
+    pos_top: int | None = None
+    neg_top_null: float | None = None
+    neg_top_null_sd: float | None = None
+    n_neg: int | None = None
+    n_pos: int | None = None
+    lambda_min: float | None = None
+    lambda_max: float | None = None
+    trace: float | None = None
+    fro: float | None = None
+    spectral_norm: float | None = None
+    alignment: float | None = None
+    alignment_null_sd: float | None = None
+    neg_energy: float | None = None
+    asymmetry: float | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    nonnormality: float | None = None
     flags: tuple[str, ...] = ()
-    raw: Optional['Spectrum'] = None
-    stability: Optional[dict[str, Any]] = None
+    raw: 'Spectrum | None' = None
+    stability: dict[str, Any] | None = None
 
     @property
     def top(self) -> tuple[float, ...]:
@@ -152,7 +155,7 @@ def _eigenvalues(w: Tensor, channels: int) -> Tensor:
     return values[values.abs().argsort(descending=True, stable=True)]
 
 
-def numbers(w_z: Tensor, w_g: Tensor, top: Optional[int] = TOP) -> dict[str, Any]:
+def numbers(w_z: Tensor, w_g: Tensor, top: int | None = TOP) -> dict[str, Any]:
     """Every number of a `Spectrum` from its weights; only the flag 'nonfinite' where ‖W‖² is not finite in float64.
 
     Args:
@@ -172,13 +175,13 @@ def numbers(w_z: Tensor, w_g: Tensor, top: Optional[int] = TOP) -> dict[str, Any
     sigma = _singular_values(left, right)
     fro, norm, square = sigma.norm().item(), sigma[0].item(), kept.square().sum().item()
     rank = int((sigma > channels * _EPS * norm).sum())
-    null, null_sd = null_negative(channels, inner, top)
+    mean, deviation = negative_of_random_weights(channels, inner, top)
     share = sigma[sigma > 0] / sigma.sum()
     sides = w_z.norm().item() * w_g.norm().item()
     return {
         'eigenvalues': tuple(kept.tolist()), 'zeros': channels - len(kept), 'top_k': top_k,
         'neg_top': int((kept[:top_k] < 0).sum()), 'pos_top': int((kept[:top_k] > 0).sum()),
-        'neg_top_null': null, 'neg_top_null_sd': null_sd,
+        'neg_top_null': mean, 'neg_top_null_sd': deviation,
         'n_neg': int((kept < 0).sum()), 'n_pos': int((kept > 0).sum()),
         'lambda_min': values.min().item(), 'lambda_max': values.max().item(),
         'trace': w.trace().item(), 'fro': fro, 'spectral_norm': norm,
@@ -201,7 +204,7 @@ def _singular_values(left: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.svdvals(left @ right.T)  # C'×C'
 
 
-def weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_EPS) -> tuple[Tensor, Tensor, Tensor]:
+def block_weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_EPS) -> tuple[Tensor, Tensor, Tensor]:
     """W_Z, (C, C'), and W_g, (C', C), of a block, and the factor (C,) to fold into W_Z's rows; float64, on the CPU.
 
     Spectral normalisation is part of the weight and always divided out. The factor is γ/√(σ² + ε) of a batch norm after
@@ -217,7 +220,7 @@ def weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_EPS) ->
     def wide(name: str) -> Tensor:
         return tensors[name].detach().cpu().double()
 
-    w_z, w_g = (_normalised(wide(name).flatten(1), [wide(part) for part in power])
+    w_z, w_g = (_normalised(wide(name).flatten(1), [wide(vector) for vector in power])
                 for name, power in ((block.w_z, block.power_z), (block.w_g, block.power_g)))
     factor = w_z.new_ones(w_z.shape[0])
     if block.norm:
@@ -237,10 +240,10 @@ def _normalised(w: Tensor, power: list[Tensor]) -> Tensor:
     return w / (w @ nn.functional.normalize(u @ w, dim=0)).norm()
 
 
-def measure(block: Block, tensors: Mapping[str, Tensor], top: Optional[int] = TOP, fold: bool = True,
+def measure(block: Block, tensors: Mapping[str, Tensor], top: int | None = TOP, fold: bool = True,
             eps: float = BN_EPS) -> Spectrum:
     """The spectrum of one block from its tensors, folded where `fold` says so and there is something to fold."""
-    w_z, w_g, factor = weights(block, tensors, eps)
+    w_z, w_g, factor = block_weights(block, tensors, eps)
     channels, inner = w_z.shape
     identity = {name: getattr(block, name) for name in (
         'stage', 'index', 'name', 'keys', 'naming', 'formulation', 'symmetric')}
@@ -254,8 +257,8 @@ def measure(block: Block, tensors: Mapping[str, Tensor], top: Optional[int] = TO
     return record(w_z)
 
 
-def spectrum(model_or_state_dict: Union[nn.Module, Mapping[str, Tensor]], top: Optional[int] = TOP, fold: bool = True,
-             eps: Optional[float] = None, key_map: Optional[str] = None) -> list[Spectrum]:
+def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | None = TOP, fold: bool = True,
+             eps: float | None = None, key_map: str | None = None) -> list[Spectrum]:
     """The spectrum of every nonlocal block of a model or a state dict, on whatever device, at any time of training.
 
     Args:
@@ -271,6 +274,12 @@ def spectrum(model_or_state_dict: Union[nn.Module, Mapping[str, Tensor]], top: O
 
     Raises:
         ValueError: a weight that is not floating point, or a key_map of another form.
+
+    Example:
+        >>> from timm_nonlocal import NonlocalStage, spectrum
+        >>> records = spectrum(NonlocalStage(64, k=2))
+        >>> [(record.index, record.formulation, record.n_neg, record.n_pos) for record in records]  # C' of each sign
+        [(0, 'proposed', 32, 32), (1, 'proposed', 32, 32)]
     """
     norms = {}
     if isinstance(model_or_state_dict, nn.Module):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +10,13 @@ from torch import Tensor
 from . import dynamics
 from .spectra import restricted
 
+__all__ = ['stability']
+
 LARGEST = 345.0  # log of the largest κ: its square is below 1e300
 
-def stability(weights: Sequence[tuple[Tensor, Tensor]], formulation: str, symmetric: Optional[bool] = None,
-              mu_max: Optional[float] = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+
+def stability(weights: Sequence[tuple[Tensor, Tensor]], formulation: str, symmetric: bool | None = None,
+              mu_max: float | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """κ of every block of a stage and of the whole stage (`timm_nonlocal.analysis.dynamics` has the mathematics).
 
     Args:
@@ -32,6 +35,14 @@ def stability(weights: Sequence[tuple[Tensor, Tensor]], formulation: str, symmet
 
     Raises:
         OverflowError: κ² might exceed what float64 holds.
+
+    Example:
+        >>> eye = torch.eye(4)
+        >>> (diffuses, amplifies), stage = stability([(eye, eye / 2), (eye, -eye / 2)], 'proposed')
+        >>> [round(number, 3) for number in (diffuses['kappa'], amplifies['kappa'], stage['kappa'])]
+        [1.0, 1.5, 1.0]
+        >>> amplifies['outside']  # all eigenvalues of -I/2
+        4
     """
     basis = 'given' if mu_max is not None else 'bound' if symmetric else 'assumed'
     mu_max = 1.0 if mu_max is None else mu_max

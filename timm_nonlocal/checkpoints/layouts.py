@@ -15,8 +15,10 @@ prefix. The known namings:
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+__all__ = ['Block', 'Found', 'Shape', 'find', 'natural', 'near', 'parse_key_map']
 
 Shape = tuple[int, ...]
 
@@ -61,7 +63,7 @@ class Block:
     """Where one block's tensors are. Names are those of the state dict it was found in.
 
     Attributes:
-        stage: the prefix of the nonlocal part, without the wrappers' prefixes.
+        stage: the prefix of the nonlocal module, without the wrappers' prefixes.
         index: the block's number in it.
         name: the block's own prefix.
         naming: the layout's name, or 'key-map'.
@@ -78,13 +80,13 @@ class Block:
     name: str
     naming: str
     formulation: str
-    symmetric: Optional[bool]
+    symmetric: bool | None
     w_g: str
     w_z: str
     power_g: tuple[str, ...] = ()
     power_z: tuple[str, ...] = ()
-    norm: Optional[str] = None
-    scale: Optional[str] = None
+    norm: str | None = None
+    scale: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -93,7 +95,7 @@ class Block:
         return [self.w_g, self.w_z, *self.power_g, *self.power_z, *norm, *([self.scale] if self.scale else [])]
 
     @property
-    def keys(self) -> dict[str, Optional[str]]:
+    def keys(self) -> dict[str, str | None]:
         """The names as the JSON shows them."""
         return {'w_z': self.w_z, 'w_g': self.w_g, 'bn': self.norm, 'scale': self.scale}
 
@@ -106,12 +108,17 @@ class Found:
     warnings: list[str] = field(default_factory=list)
 
 
-def find(shapes: Mapping[str, Optional[Shape]], key_map: Optional[dict[str, re.Pattern]] = None) -> Found:
+def find(shapes: Mapping[str, Shape | None], key_map: dict[str, re.Pattern] | None = None) -> Found:
     """The nonlocal blocks of a state dict.
 
     Args:
         shapes: the shape of every tensor by its name; None for a shape not known yet, which then fits.
         key_map: from `parse_key_map`: how blocks are named where no known layout fits.
+
+    Example:
+        >>> shapes = {'nl.theta.weight': (2, 4), 'nl.g.weight': (2, 4), 'nl.z.weight': (4, 2), 'fc.weight': (10, 4)}
+        >>> [(block.name, block.naming, block.formulation, block.symmetric) for block in find(shapes).blocks]
+        [('nl', 'timm_nonlocal', 'original', True)]
     """
     found = Found()
     names = {_WRAPPERS.sub('', name) if _WRAPPERS.match(name) else name: name for name in shapes}
@@ -172,7 +179,7 @@ def _join(*parts: str) -> str:
     return '.'.join(part for part in parts if part)
 
 
-def _known(view: Mapping[str, Optional[Shape]]) -> Iterator[Block]:
+def _known(view: Mapping[str, Shape | None]) -> Iterator[Block]:
     modules = {}  # the name of every module with a weight, and how it is stored
     for name in view:
         if match := _WEIGHT.fullmatch(name):
@@ -191,11 +198,13 @@ def _known(view: Mapping[str, Optional[Shape]]) -> Iterator[Block]:
                     continue
                 norm = next((_join(prefix, norm) for norm in layout.norm
                              if {_join(prefix, norm, part) for part in ('weight', 'running_var')} & view.keys()), None)
-                yield _block(prefix, layout, modules, module, z, norm, scale, view)
+                yield _block(layout, prefix, module, z, modules=modules, view=view, norm=norm, scale=scale)
 
 
-def _block(prefix, layout, modules, g, z, norm, scale, view) -> Block:
-    stage, index, formulation, symmetric = prefix, 0, 'original', None
+def _block(layout: Layout, prefix: str, g: str, z: str, modules: Mapping[str, str],
+           view: Mapping[str, Shape | None], **optional: str | None) -> Block:
+    stage, index, formulation = prefix, 0, 'original'
+    symmetric: bool | None = None
     if layout.name == 'timm_nonlocal':
         match = re.fullmatch(r'(?:(?P<stage>.*)\.)?sub_blocks\.(?P<index>\d+)', prefix)
         if match:
@@ -204,13 +213,16 @@ def _block(prefix, layout, modules, g, z, norm, scale, view) -> Block:
                        'proposed' if match and _join(stage, 'theta') in modules else 'unknown')
         if formulation != 'unknown':
             symmetric = _join(prefix if formulation == 'original' else stage, 'phi') not in modules
-    weights = [_join(module, modules[module]) for module in (g, z)]
-    power = [tuple(_join(module, part) for part in _POWER[modules[module]] if _join(module, part) in view)
-             for module in (g, z)]
-    return Block(stage, index, prefix, layout.name, formulation, symmetric, *weights, *power, norm, scale)
+
+    def power(module: str) -> tuple[str, ...]:
+        return tuple(name for vector in _POWER[modules[module]] if (name := _join(module, vector)) in view)
+
+    return Block(stage=stage, index=index, name=prefix, naming=layout.name, formulation=formulation,
+                 symmetric=symmetric, w_g=_join(g, modules[g]), w_z=_join(z, modules[z]), power_g=power(g),
+                 power_z=power(z), **optional)
 
 
-def _mapped(view: Mapping[str, Optional[Shape]], key_map: dict[str, re.Pattern]) -> Iterator[Block]:
+def _mapped(view: Mapping[str, Shape | None], key_map: dict[str, re.Pattern]) -> Iterator[Block]:
     rests: dict[str, dict[str, str]] = {role: {} for role in ('g', 'z', 'bn', 'scale')}
     for role, pattern in key_map.items():
         for name in view:
@@ -219,11 +231,11 @@ def _mapped(view: Mapping[str, Optional[Shape]], key_map: dict[str, re.Pattern])
     for rest, g in rests['g'].items():
         if z := rests['z'].get(rest):
             norm = rests['bn'].get(rest)
-            yield Block(rest, 0, rest, 'key-map', 'original', None, g, z,
-                        norm=norm and norm.removesuffix('.weight'), scale=rests['scale'].get(rest))
+            yield Block(stage=rest, index=0, name=rest, naming='key-map', formulation='original', symmetric=None,
+                        w_g=g, w_z=z, norm=norm and norm.removesuffix('.weight'), scale=rests['scale'].get(rest))
 
 
-def _misfit(block: Block, view: Mapping[str, Optional[Shape]]) -> Optional[str]:
+def _misfit(block: Block, view: Mapping[str, Shape | None]) -> str | None:
     """'' where the shapes fit, words where they do not, None where nothing says that a block was meant."""
     g, z = view[block.w_g], view[block.w_z]
     if g is None or z is None:
@@ -240,13 +252,10 @@ def _misfit(block: Block, view: Mapping[str, Optional[Shape]]) -> Optional[str]:
     return ''
 
 
-def _renamed(block: Block, norm: Optional[str], names: Mapping[str, str]) -> Block:
+def _renamed(block: Block, norm: str | None, names: Mapping[str, str]) -> Block:
     """The block with the state dict's own names, wrappers included."""
-    def own(name: str) -> str:
-        return names[name]
-
-    if norm:  # a prefix is no name itself
-        norm = names[f'{norm}.weight'].removesuffix('.weight')
-    return Block(block.stage, block.index, block.name, block.naming, block.formulation, block.symmetric,
-                 own(block.w_g), own(block.w_z), tuple(map(own, block.power_g)), tuple(map(own, block.power_z)),
-                 norm, own(block.scale) if block.scale else None)
+    return replace(
+        block, w_g=names[block.w_g], w_z=names[block.w_z],
+        power_g=tuple(names[name] for name in block.power_g), power_z=tuple(names[name] for name in block.power_z),
+        norm=norm and names[f'{norm}.weight'].removesuffix('.weight'),  # a prefix is no name itself
+        scale=block.scale and names[block.scale])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -31,6 +31,8 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from .tensorfile import CheckpointError, HubError, LocalFile, RangedFile, ShardedFile, TensorFile, UnsafePickleError
 
+__all__ = ['Repo']
+
 FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin')
 MAX_INDEX = 25_000_000  # bytes
 
@@ -44,12 +46,12 @@ class Progress:
     """A line on stderr that counts bytes, once it has taken a while and where someone looks."""
 
     name: str
-    total: Optional[int] = None
+    total: int | None = None
     read: int = 0
     after: float = 1.0  # seconds
     shown: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.start = self.last = time.monotonic()
 
     def advance(self, count: int) -> None:
@@ -82,21 +84,21 @@ class Repo:
     """
 
     id: str
-    revision: Optional[str] = None
-    token: Union[str, bool, None] = None
+    revision: str | None = None
+    token: str | bool | None = None
     offline: bool = False
     remote: str = 'auto'
     allow_pickle: bool = False
     timeout: float = 10.0
-    endpoint: Optional[str] = None
-    commit: Optional[str] = None
-    sha256: Optional[str] = None
+    endpoint: str | None = None
+    commit: str | None = None
+    sha256: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.offline = self.offline or constants.HF_HUB_OFFLINE
         self.endpoint = self.endpoint or os.environ.get('HF_ENDPOINT')
 
-    def open(self, filename: Optional[str], needs: Callable[[list[str]], Any],
+    def open(self, filename: str | None, needs: Callable[[list[str]], Any],
              load_pickle: Callable[[Path, str], TensorFile]) -> tuple[TensorFile, str]:
         """The repository's weights and the name of their file.
 
@@ -149,11 +151,11 @@ class Repo:
             raise HubError(f'{at}: the Hub cannot be reached ({type(error).__name__}: {_first_line(error)}); '
                            f'--offline reads the cache alone') from error
 
-    def _cached(self, name: str) -> Optional[Path]:
+    def _cached(self, name: str) -> Path | None:
         path = huggingface_hub.try_to_load_from_cache(self.id, name, revision=self.commit or self.revision)
         if not isinstance(path, str):
             return None
-        self.commit = _snapshot(path) or self.commit
+        self.commit = _snapshot(Path(path)) or self.commit
         return Path(path)
 
     def _file(self, name: str) -> tuple[Path, str]:
@@ -163,11 +165,11 @@ class Repo:
                 return path, 'cache'
         if self.offline:
             raise LocalEntryNotFoundError(f'{name} is not in the cache')
-        path = huggingface_hub.hf_hub_download(
+        path = Path(huggingface_hub.hf_hub_download(
             self.id, name, revision=self.commit or self.revision, token=self.token, etag_timeout=self.timeout,
-            endpoint=self.endpoint)
+            endpoint=self.endpoint))
         self.commit = _snapshot(path) or self.commit
-        return Path(path), 'download'
+        return path, 'download'
 
     def _safetensors(self, name: str) -> TensorFile:
         if self.remote == 'auto' or self.offline:
@@ -215,7 +217,7 @@ class Repo:
 
         return RangedFile(f'{self.id}/{name}', fetch, lambda: sizes[0])
 
-    def _get(self, name: str, begin: int, end: int, progress: Progress) -> tuple[bytes, Optional[int], Optional[str]]:
+    def _get(self, name: str, begin: int, end: int, progress: Progress) -> tuple[bytes, int | None, str | None]:
         """Bytes begin to end (exclusive) of a file, its size, and its etag.
 
         Raises:
@@ -229,7 +231,7 @@ class Repo:
         headers = {**build_hf_headers(token=self.token, library_name='timm_nonlocal'),
                    'Range': f'bytes={begin}-{end - 1}', 'Accept-Encoding': 'identity'}
         with _stream(url, headers, self.timeout) as (response, chunks):
-            chain = [*response.history, response]
+            responses = [*response.history, response]
             if response.status_code == 416:
                 raise CheckpointError(f'{self.id}/{name} has no bytes from {begin} on: it is empty or truncated')
             if response.status_code >= 400:
@@ -237,12 +239,12 @@ class Repo:
                 hf_raise_for_status(response)
             if response.status_code != 206:
                 raise RangeIgnored
-            commit = _header(chain, 'x-repo-commit')
+            commit = _header(responses, 'x-repo-commit')
             if self.commit and commit and commit != self.commit:
                 raise CheckpointError(f'{self.id} went from commit {self.commit[:8]} to {commit[:8]} while it was '
                                       f'read: run it again')
             self.commit = self.commit or commit
-            etag = _header(chain, 'x-linked-etag') or _header(chain, 'etag')
+            etag = _header(responses, 'x-linked-etag') or _header(responses, 'etag')
             given = re.fullmatch(r'bytes (\d+)-(\d+)/(\d+|\*)', response.headers.get('content-range', ''))
             if not given or int(given[1]) != begin or not begin <= int(given[2]) < end:
                 raise CheckpointError(f'{self.id}/{name}: asked for bytes {begin} to {end - 1}, the server offers '
@@ -266,7 +268,7 @@ class Repo:
 @contextmanager
 def _stream(url: str, headers: dict[str, str], timeout: float) -> Iterator[tuple[Any, Iterator[bytes]]]:
     """A GET whose body is read piece by piece, through the Hub client's session, be it of httpx or of requests."""
-    session = get_session()
+    session: Any = get_session()
     if callable(getattr(session, 'stream', None)):  # httpx; in requests it is a flag
         with session.stream('GET', url, headers=headers, timeout=timeout, follow_redirects=True) as response:
             yield response, response.iter_raw(1 << 16)
@@ -275,15 +277,15 @@ def _stream(url: str, headers: dict[str, str], timeout: float) -> Iterator[tuple
             yield response, response.iter_content(1 << 16)
 
 
-def _header(chain: list[Any], name: str) -> Optional[str]:
-    """A header from the first response of a chain of redirects that has it: the Hub's, before its storage's."""
-    return next((response.headers[name] for response in chain if name in response.headers), None)
+def _header(responses: list[Any], name: str) -> str | None:
+    """A header from the first response of a redirected request that has it: the Hub's, before its storage's."""
+    return next((response.headers[name] for response in responses if name in response.headers), None)
 
 
-def _snapshot(path: Union[str, Path]) -> Optional[str]:
+def _snapshot(path: Path) -> str | None:
     """The commit of a file in the Hub's cache, from its path."""
-    parts = Path(path).parts
-    return parts[parts.index('snapshots') + 1] if 'snapshots' in parts else None
+    folders = path.parts
+    return folders[folders.index('snapshots') + 1] if 'snapshots' in folders else None
 
 
 def _first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torch
@@ -22,6 +22,8 @@ from .layouts import Shape, find, parse_key_map
 from .remote import Repo
 from .tensorfile import CheckpointError, LocalFile, ShardedFile, TensorFile, UnsafePickleError
 
+__all__ = ['InMemory', 'Options', 'Source', 'load_pickle', 'near_names', 'open_target']
+
 PICKLES = ('.pth', '.pt', '.bin', '.ckpt', '.tar', '.pkl')
 GROUPS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'model_state')  # in timm's order of preference
 
@@ -30,14 +32,14 @@ GROUPS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'model_state')  
 class Options:
     """What decides how a target is opened; the command's flags of the same names."""
 
-    revision: Optional[str] = None
-    file: Optional[str] = None
+    revision: str | None = None
+    file: str | None = None
     token: Any = None
     offline: bool = False
     remote: str = 'auto'
     allow_pickle: bool = False
     timeout: float = 10.0
-    key_map: Optional[str] = None
+    key_map: str | None = None
 
     def needs(self, names: list[str]) -> set[str]:
         """Of all names of a checkpoint those that its nonlocal blocks may need."""
@@ -62,12 +64,12 @@ class Source:
 
     input: str
     kind: str
-    file: Optional[str]
+    file: str | None
     tensors: TensorFile
     format: str = 'safetensors'
     trained: bool = True
-    architecture: Optional[str] = None
-    repo: Optional[Repo] = None
+    architecture: str | None = None
+    repo: Repo | None = None
 
     @property
     def label(self) -> str:
@@ -75,7 +77,7 @@ class Source:
         if self.kind == 'model':
             return f'{self.input} (untrained: freshly initialised)'
         if not self.repo:
-            return self.input if self.file == self.input else f'{self.input}  {Path(self.file).name}'
+            return self.input if self.file in (self.input, None) else f'{self.input}  {Path(self.file).name}'
         total = f' of {_bytes(self.tensors.bytes_total)}' if self.tensors.bytes_total else ''
         return (f'{self.repo.id} @ {(self.repo.commit or self.repo.revision or "main")[:8]}  {self.file}  '
                 f'{self.tensors.mode}: {_bytes(self.tensors.bytes_read)}{total}')
@@ -84,7 +86,7 @@ class Source:
 class InMemory:
     """A state dict that is there already."""
 
-    def __init__(self, state_dict: dict[str, Tensor], mode: str = 'local', size: Optional[int] = None):
+    def __init__(self, state_dict: dict[str, Tensor], mode: str = 'local', size: int | None = None) -> None:
         self.state_dict, self.mode, self.bytes_total = state_dict, mode, size
         self.bytes_read = size or 0
         self.shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
@@ -99,7 +101,7 @@ def near_names(name: str) -> str:
     return f' Did you mean {", ".join(near)}?' if near else ''
 
 
-def open_target(target: str, options: Optional[Options] = None) -> Source:
+def open_target(target: str, options: Options | None = None) -> Source:
     """Finds a target and reads the names and shapes of its tensors.
 
     Args:
@@ -111,6 +113,15 @@ def open_target(target: str, options: Optional[Options] = None) -> Source:
         CheckpointError: nothing of the kind is there, or it cannot be read.
         UnsafePickleError: it is a pickle that holds more than tensors, or one on the Hub that nobody allowed.
         HubError: the Hub cannot be reached, or does not let us in.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({'g.weight': torch.ones(2, 4)}, f'{folder}/model.safetensors')
+        ...     source = open_target(folder)
+        ...     source.kind, source.tensors.shapes, source.tensors.read(['g.weight'])['g.weight'].sum().item()
+        ('dir', {'g.weight': (2, 4)}, 8.0)
     """
     options = options or Options()
     if match := re.fullmatch(r'(?:hf[-_]hub:|hf://)(.*)', target):
@@ -148,10 +159,10 @@ def _bytes(count: int) -> str:
     return f'{count} B'
 
 
-def _hub(target: str, name: str, options: Options, architecture: Optional[str] = None) -> Source:
+def _hub(target: str, name: str, options: Options, architecture: str | None = None) -> Source:
     name, _, revision = name.partition('@')
-    repo = Repo(name.strip('/'), options.revision or revision or None, options.token, options.offline, options.remote,
-                options.allow_pickle, options.timeout)
+    repo = Repo(name.strip('/'), options.revision or revision or None, token=options.token, offline=options.offline,
+                remote=options.remote, allow_pickle=options.allow_pickle, timeout=options.timeout)
     tensors, file = repo.open(options.file, options.needs, load_pickle)
     if isinstance(tensors, ShardedFile):
         repo.sha256 = None  # it would be one shard's
@@ -176,7 +187,7 @@ def _folder(target: str, path: Path, options: Options) -> Source:
     return Source(target, 'dir', str(file), tensors, architecture=architecture)
 
 
-def _architecture(config: Path) -> Optional[str]:
+def _architecture(config: Path) -> str | None:
     """The registered name in a timm config.json; nothing else in it is looked at."""
     try:
         name = json.loads(config.read_text())['architecture']
@@ -222,7 +233,7 @@ def _registered(target: str, options: Options) -> Source:
 
 
 def _of_another(repo_id: str, architecture: str) -> bool:
-    """Whether a repository is named after another network: a backbone's weights, which hold no nonlocal part."""
+    """Whether a repository is named after another network: a backbone's weights, which hold no nonlocal module."""
     name = repo_id.rpartition('/')[2].partition('.')[0]
     return name != architecture and timm.is_model(name)
 

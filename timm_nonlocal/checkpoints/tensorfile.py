@@ -10,13 +10,16 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .layouts import Shape
+
+__all__ = ['CheckpointError', 'HubError', 'LocalFile', 'RangedFile', 'ShardedFile', 'TensorFile', 'UnsafePickleError',
+           'header_length', 'parse_header', 'spans']
 
 MAX_HEADER = 25_000_000  # bytes
 GAP = 64 * 1024  # bytes between two tensors that are still read in one go
@@ -51,8 +54,14 @@ class TensorFile(Protocol):
 
     shapes: dict[str, Shape]
     mode: str  # 'local', 'cache', 'download' or 'range'
-    bytes_read: int
-    bytes_total: Optional[int]
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes have come so far."""
+
+    @property
+    def bytes_total(self) -> int | None:
+        """The file's size; None where it is unknown."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors. Raises CheckpointError."""
@@ -73,7 +82,7 @@ class Entry:
         return flat.view(DTYPES[self.dtype]).reshape(self.shape)
 
 
-def header_length(start: bytes, size: Optional[int]) -> int:
+def header_length(start: bytes, size: int | None) -> int:
     """The length of the JSON header from the file's first 8 bytes. Raises ValueError where it cannot be."""
     if len(start) < 8:
         raise ValueError(f'it ends after {len(start)} bytes')
@@ -85,7 +94,7 @@ def header_length(start: bytes, size: Optional[int]) -> int:
     return length
 
 
-def parse_header(header: bytes, size: Optional[int]) -> dict[str, Entry]:
+def parse_header(header: bytes, size: int | None) -> dict[str, Entry]:
     """The tensors that a safetensors header describes.
 
     Args:
@@ -95,7 +104,7 @@ def parse_header(header: bytes, size: Optional[int]) -> dict[str, Entry]:
     Raises:
         ValueError: whatever a hostile or truncated file can hold in place of a header.
     """
-    def unique(pairs):
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError('a name stands in its header twice')
         return dict(pairs)
@@ -151,7 +160,7 @@ class RangedFile:
 
     mode = 'range'
 
-    def __init__(self, name: str, fetch: Callable[[int, int], bytes], size: Callable[[], Optional[int]],
+    def __init__(self, name: str, fetch: Callable[[int, int], bytes], size: Callable[[], int | None],
                  first: int = 100_001):
         self.name, self.fetch, self.bytes_read = name, fetch, 0
         self.head = self._fetch(0, first)
@@ -253,13 +262,12 @@ class ShardedFile:
         return self.index_bytes + sum(shard.bytes_read for shard in self.shards.values())
 
     @property
-    def bytes_total(self) -> Optional[int]:
-        totals = [shard.bytes_total for shard in self.shards.values()]
-        return None if None in totals else sum(totals)
+    def bytes_total(self) -> int | None:
+        totals = [shard.bytes_total for shard in self.shards.values() if shard.bytes_total is not None]
+        return sum(totals) if len(totals) == len(self.shards) else None
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        tensors = {}
-        names = list(names)
+        names, tensors = list(names), dict[str, Tensor]()
         for shard in self.shards.values():
             tensors |= shard.read([name for name in names if name in shard.shapes])
         return tensors

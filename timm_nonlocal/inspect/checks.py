@@ -2,16 +2,18 @@
 
 import operator
 import re
-from typing import Any, Optional
+from typing import Any
 
 from ..analysis.spectra import Spectrum
 from .report import Result
+
+__all__ = ['OF_STABILITY', 'parse_check', 'run_checks']
 
 OPERATORS = {'<=': operator.le, '>=': operator.ge, '==': operator.eq, '!=': operator.ne, '<': operator.lt,
              '>': operator.gt}
 OF_STABILITY = ('kappa', 'constant_gain', 'radius', 'outside')
 CHECKABLE = (*(name for name, field in Spectrum.__dataclass_fields__.items() if field.type in (
-    int, Optional[int], Optional[float])), *OF_STABILITY)
+    int, int | None, float | None)), *OF_STABILITY)
 
 
 def parse_check(expression: str) -> tuple[str, str, float]:

@@ -1,11 +1,4 @@
-"""What every nonlocal block of a network has learned, from its weights, and on request on images.
-
-    python -m timm_nonlocal.inspect TARGET… [--stability] [--data-dir DIR] [--json] [--plot FILE] [--check EXPR]
-
-Exit codes, the highest of all targets: 0 done; 1 a --check failed, or weights or features are not finite; 2 the
-arguments are off; 3 a target cannot be found or read; 4 it has no nonlocal block; 5 an unsafe pickle is refused; 6 the
-Hub cannot be reached or does not let us in.
-"""
+"""The inspect command: opens its targets, measures their blocks, and shows what it found."""
 
 import argparse
 import fnmatch
@@ -15,114 +8,38 @@ import sys
 import traceback
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import timm
 from torch import nn
 
-from .. import __version__
-from ..analysis.spectra import BN_EPS, TOP, measure, weights
+from .. import __version__, files
+from ..analysis.spectra import block_weights, measure
 from ..analysis.stability import stability
 from ..checkpoints.layouts import find, near, parse_key_map
 from ..checkpoints.targets import Options, Source, near_names, open_target
 from ..checkpoints.tensorfile import CheckpointError
 from . import pictures, report
-from .checks import OF_STABILITY, parse_check, run_checks
+from .checks import run_checks
+from .options import parse
 from .report import Result, Stage
 
-EXAMPLES = """examples:
-  python -m timm_nonlocal.inspect runs/preresnet20_nl_proposed_k5.cifar10.seed0 --plot spectrum.svg
-  python -m timm_nonlocal.inspect user/repo@v1 model.safetensors checkpoint.pth --json
-  python -m timm_nonlocal.inspect DIR --stability --data-dir data
-  python -m timm_nonlocal.inspect DIR --check 'neg_top<=4' --check 'alignment>0.2' -q"""
-
-
-def parse(argv: Optional[list[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='python -m timm_nonlocal.inspect', description=__doc__.split('\n\n')[0], allow_abbrev=False,
-        epilog=__doc__.split('\n\n')[2] + '\n' + EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('targets', nargs='+', metavar='TARGET',
-                        help='a registered name, a folder, a file, or user/repo[@rev] on the Hub')
-    parser.add_argument('--version', action='version', version=f'timm_nonlocal {__version__}')
-    parser.add_argument('--verbose', action='store_true', help='tracebacks with errors')
-
-    where = parser.add_argument_group('where weights come from')
-    where.add_argument('--revision', metavar='REV', help='branch, tag or commit on the Hub')
-    where.add_argument('--file', metavar='NAME', help='which file of a folder or repository')
-    token = where.add_mutually_exclusive_group()
-    token.add_argument('--token', action='store_const', const=True,
-                       help='insist on the token that `hf auth login` keeps')
-    token.add_argument('--no-token', dest='token', action='store_const', const=False, help='send none')
-    where.add_argument('--offline', action='store_true', help="read the Hub's cache alone")
-    where.add_argument('--remote', choices=['auto', 'range', 'download'], default='auto',
-                       help='auto: the cache, then the needed bytes alone, then the whole file')
-    where.add_argument('--allow-pickle', action='store_true',
-                       help='fetch a pickle from the Hub; only tensors are ever loaded from one')
-    where.add_argument('--timeout', type=float, default=10.0, metavar='SECONDS')
-    where.add_argument('--key-map', metavar='g=REGEX,z=REGEX[,bn=REGEX][,scale=REGEX]',
-                       help='how blocks are named where no known layout fits')
-
-    what = parser.add_argument_group('what is measured')
-    what.add_argument('--top', type=int, default=TOP, help=f'count signs among so many eigenvalues (default {TOP})')
-    what.add_argument('--all', dest='top', action='store_const', const=None, help='count them among all')
-    what.add_argument('--fold-bn', action=argparse.BooleanOptionalAction, default=True,
-                      help='multiply a batch norm or gain after W_Z into it')
-    what.add_argument('--bn-eps', type=float, default=BN_EPS)
-    what.add_argument('--stage', metavar='GLOB', help='only stages with such a name')
-    what.add_argument('--block', type=int, metavar='N', help='only the block with this number')
-    what.add_argument('--stability', action='store_true', help='the CFL number kappa of every block and stage')
-    what.add_argument('--mu-max', type=float, help='the largest eigenvalue of I - A (default 1)')
-    images = what.add_mutually_exclusive_group()
-    images.add_argument('--data-dir', metavar='DIR', help='also watch A and Z on CIFAR test images, kept there')
-    images.add_argument('--images', metavar='DIR', help='the same on a folder of pictures')
-    what.add_argument('--num-images', type=int, default=32, metavar='N')
-    what.add_argument('--arch', metavar='NAME', help='the registered network that a bare file belongs to')
-
-    shown = parser.add_argument_group('how it is shown')
-    shown.add_argument('--format', choices=['table', 'json', 'csv', 'markdown'], default='table')
-    shown.add_argument('--json', dest='format', action='store_const', const='json', help='the same as --format json')
-    shown.add_argument('--list', action='store_true', help='name the blocks and read no weights')
-    shown.add_argument('-q', '--quiet', action='store_true', help='no legend, no notes, no progress')
-    shown.add_argument('-o', '--output', metavar='FILE', help='write there in place of printing')
-    shown.add_argument('--color', choices=['auto', 'always', 'never'], default='auto')
-    shown.add_argument('--check', action='append', default=[], metavar='EXPR',
-                       help="such as 'neg_top<=4': exit with 1 unless it holds of every block")
-    shown.add_argument('--plot', metavar='FILE', help='also draw: .png, .svg or .pdf')
-    shown.add_argument('--layout', choices=['grid', 'overlay'], default='grid', help='a panel a block, or a target')
-    shown.add_argument('--share-y', action=argparse.BooleanOptionalAction, default=True)
-    shown.add_argument('--dpi', type=int, default=150)
-    args = parser.parse_args(argv)
-    try:
-        args.checks = [parse_check(expression) for expression in args.check]
-        if args.key_map:
-            parse_key_map(args.key_map)
-    except ValueError as error:
-        parser.error(str(error))
-    if (args.top is not None and args.top < 1) or args.num_images < 1 or args.timeout <= 0 or args.dpi < 1:
-        parser.error('--top, --num-images, --timeout and --dpi must be above 0')
-    if args.bn_eps < 0:
-        parser.error(f'--bn-eps {args.bn_eps}: it is added to a variance, 0 or above')
-    if args.plot is not None and Path(args.plot).suffix not in ('.png', '.svg', '.pdf'):
-        parser.error(f'--plot {args.plot}: name a file that ends in .png, .svg or .pdf')
-    if args.mu_max is not None and not 0 < args.mu_max <= 2:
-        parser.error(f'--mu-max {args.mu_max}: the eigenvalues of I - A lie between 0 and 2')
-    args.stability |= bool(args.mu_max or args.data_dir or args.images)
-    if not args.stability and any(name in OF_STABILITY for name, _, _ in args.checks):
-        parser.error('a --check of the stability needs --stability')
-    return args
+__all__ = ['main']
 
 
 def examine(target: str, args: argparse.Namespace) -> Result:
     """Opens one target and measures its blocks. Raises CheckpointError."""
-    source = open_target(target, Options(args.revision, args.file, args.token, args.offline, args.remote,
-                                         args.allow_pickle, args.timeout, args.key_map))
+    source = open_target(target, Options(
+        revision=args.revision, file=args.file, token=args.token, offline=args.offline, remote=args.remote,
+        allow_pickle=args.allow_pickle, timeout=args.timeout, key_map=args.key_map))
     found = find(source.tensors.shapes, parse_key_map(args.key_map) if args.key_map else None)
     blocks = [block for block in found.blocks
               if (args.stage is None or fnmatch.fnmatchcase(block.stage, args.stage))
               and args.block in (None, block.index)]
     result = Result(target, source, warnings=found.warnings)
     if not blocks:
-        return _nothing(result, len(found.blocks))
+        result.code, result.error = 4, _nothing(source, len(found.blocks))
+        return result
     if args.list:
         for block in blocks:
             shape = source.tensors.shapes[block.w_g]
@@ -130,8 +47,8 @@ def examine(target: str, args: argparse.Namespace) -> Result:
                   f'{block.naming}\t{" ".join(name for name in block.keys.values() if name)}')
         return result
     tensors = source.tensors.read([name for block in blocks for name in block.names])
-    for name, group in groupby(blocks, key=lambda block: block.stage):
-        group = list(group)
+    for name, members in groupby(blocks, key=lambda block: block.stage):
+        group = list(members)
         records = [measure(block, tensors, args.top, args.fold_bn, args.bn_eps) for block in group]
         if not source.trained:
             records = [record.with_flag('untrained') for record in records]
@@ -142,7 +59,7 @@ def examine(target: str, args: argparse.Namespace) -> Result:
         elif args.stability and stage.formulation != 'unknown':
             factors = []
             for block in group:
-                w_z, w_g, factor = weights(block, tensors, args.bn_eps)
+                w_z, w_g, factor = block_weights(block, tensors, args.bn_eps)
                 factors.append((factor[:, None] * w_z if args.fold_bn else w_z, w_g))
             try:
                 each, stage.stability = stability(factors, stage.formulation, group[0].symmetric, args.mu_max)
@@ -154,29 +71,28 @@ def examine(target: str, args: argparse.Namespace) -> Result:
             result.warnings.append(f'{name}: the names do not tell eq. (1) from eq. (8), so that it has no kappa')
         result.stages.append(stage)
     if args.data_dir or args.images:
-        _watch(result, args)
+        _watch(result, source, args)
     return result
 
 
-def _nothing(result: Result, left_out: int) -> Result:
-    shapes = result.source.tensors.shapes
+def _nothing(source: Source, left_out: int) -> str:
+    """Why no block is measured, `left_out` of them because of the options."""
+    if left_out:
+        return (f'{source.label} has no nonlocal block of the {left_out} it has that --stage and --block let '
+                f'through')
+    shapes = source.tensors.shapes
     pairs = '; '.join(f'{g} with {z}' for g, z in near(shapes))
-    result.error = f'{result.source.label} has no nonlocal block ' + (
-        f'of the {left_out} it has that --stage and --block let through' if left_out else
-        f'among its {len(shapes)} tensors that a known naming fits') + (
-        f'; the nearest pairs of transposed shapes are {pairs}: name them with --key-map'
-        if pairs and not left_out else '')
-    result.code = 4
-    return result
+    return (f'{source.label} has no nonlocal block among its {len(shapes)} tensors that a known naming fits'
+            + (f'; the nearest pairs of transposed shapes are {pairs}: name them with --key-map' if pairs else ''))
 
 
-def build(source: Source, arch: Optional[str]) -> nn.Module:
+def build(source: Source, arch: str | None) -> nn.Module:
     """The network that a target's weights belong to, with them, in eval mode. Raises CheckpointError."""
     name = arch or source.architecture
     try:
-        if source.kind == 'dir' and not arch and name:
+        if source.kind == 'dir' and source.file and not arch and name:
             return timm.create_model(f'local-dir:{Path(source.file).parent}', pretrained=True).eval()
-        if source.kind == 'hub' and not arch and not name:
+        if source.repo and not arch and not name:
             return timm.create_model(f'hf-hub:{source.repo.id}@{source.repo.commit or source.repo.revision or "main"}',
                                      pretrained=True).eval()
         if not name:
@@ -198,10 +114,10 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _watch(result: Result, args: argparse.Namespace) -> None:
+def _watch(result: Result, source: Source, args: argparse.Namespace) -> None:
     from ..analysis import recorder
 
-    model = build(result.source, args.arch)
+    model: Any = build(source, args.arch)  # timm's, with num_classes
     try:
         images, labels = (pictures.cifar(args.data_dir, model.num_classes, args.num_images) if args.data_dir
                           else pictures.folder(args.images, model, args.num_images))
@@ -215,13 +131,13 @@ def _watch(result: Result, args: argparse.Namespace) -> None:
     try:
         result.images = recorder.watch(model, images, labels, tick)
     except RuntimeError as error:  # such as images of another form than the network takes
-        raise CheckpointError(f'{result.source.input}: the network does not take these images: '
+        raise CheckpointError(f'{source.input}: the network does not take these images: '
                               f'{" ".join(str(error).split())[:300]}') from error
     if not _finite(result.images):
         result.code, result.images = 1, None
         result.warnings.append('the features of the images are not finite, so they are not shown')
         return
-    measured = result.images.pop('parts')
+    measured = result.images.pop('modules')
     for stage in result.stages:
         stage.images = measured.get(stage.name)
         if stage.images is None:
@@ -242,7 +158,8 @@ def render(args: argparse.Namespace, results: list[Result], checks: list[dict[st
     return '\n\n'.join([*tables, *([report.legend(shown)] if shown and not args.quiet else [])])
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; gives its exit code (`options` lists them)."""
     args = parse(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
@@ -272,14 +189,19 @@ def main(argv: Optional[list[str]] = None) -> int:
     return max(code, show(args, results, render(args, results, checks)))
 
 
+def _in_a_folder(name: str) -> Path:
+    """The path of a file to write. Raises FileNotFoundError where its folder is not there: it may be misspelt."""
+    path = Path(name)
+    path.parent.resolve(strict=True)
+    return path
+
+
 def show(args: argparse.Namespace, results: list[Result], text: str) -> int:
     """Prints or writes the text, and draws. Returns 0, or 2 where the arguments do not allow it."""
     code = 0
     try:
         if args.output:
-            beside = Path(args.output).with_name(f'.part.{Path(args.output).name}')
-            beside.write_text(text + '\n', encoding='utf-8')
-            beside.replace(args.output)
+            files.write_text(_in_a_folder(args.output), text + '\n')
         elif text:
             print(text, flush=True)
     except BrokenPipeError:  # such as `| head`
@@ -290,7 +212,8 @@ def show(args: argparse.Namespace, results: list[Result], text: str) -> int:
     if args.plot and any(result.stages for result in results):
         from . import plots
         try:
-            plots.plot(args.plot, results, args.layout == 'overlay', args.share_y, args.dpi)
+            plots.plot(_in_a_folder(args.plot), results, overlay=args.layout == 'overlay', share_y=args.share_y,
+                       dpi=args.dpi)
         except ModuleNotFoundError:
             print("error: --plot needs matplotlib: pip install 'timm_nonlocal[plot]'", file=sys.stderr)
             code = 2

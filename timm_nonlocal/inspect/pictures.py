@@ -1,13 +1,14 @@
 """Images for a look inside a model: CIFAR's test images, prepared as for training, or a folder of pictures."""
 
 from pathlib import Path
-from typing import Optional
 
 import torch
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from ..datasets import DATASETS, DataError, mean_image, read_images
+
+__all__ = ['cifar', 'folder']
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
 
@@ -33,12 +34,12 @@ def cifar(data_dir: str, num_classes: int, count: int) -> tuple[Tensor, Tensor]:
     try:
         train, (test, labels) = read_images(name, data_dir, train=True)[0], read_images(name, data_dir, train=False)
     except DataError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f'{data_dir} does not hold {DATASETS[name].title} as torchvision keeps it') from error
     images = test[:count].float().div(255) - mean_image(train)  # (N, 32, 32, 3)
     return images.permute(0, 3, 1, 2).contiguous(), labels[:count]
 
 
-def folder(path: str, model: nn.Module, count: int) -> tuple[Tensor, Optional[Tensor]]:
+def folder(path: str, model: nn.Module, count: int) -> tuple[Tensor, Tensor | None]:
     """The first pictures of a folder and its subfolders, by name, through the model's own evaluation transform.
 
     Returns:

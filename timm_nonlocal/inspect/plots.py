@@ -1,19 +1,23 @@
 """Spectra as pictures in the manner of the paper's Figures 1 to 4: a row a target, a panel a block."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..analysis.spectra import Spectrum
 from .report import Result, Stage
+
+__all__ = ['plot']
 
 NEGATIVE, POSITIVE = '#2166ac', '#b2182b'
 
 
-def plot(path: str, results: list[Result], overlay: bool = False, share_y: bool = True, dpi: int = 150) -> None:
+def plot(path: Path, results: list[Result], overlay: bool = False, share_y: bool = True, dpi: int = 150) -> None:
     """Bars of the top eigenvalues of (W + Wᵀ)/2; where stability was asked for, W's own in the complex plane below.
 
     Args:
-        path: .png, .svg or .pdf; written beside and renamed, the same bytes for the same input.
+        path: .png, .svg or .pdf; the same bytes for the same input.
         results: those with blocks are drawn.
         overlay: all blocks of a target in one panel.
         share_y: the same scale for every panel.
@@ -44,21 +48,16 @@ def plot(path: str, results: list[Result], overlay: bool = False, share_y: bool 
             _planes(axes[index * 2 + 1], blocks, overlay)
     kept = {block.top_k for _, blocks in rows for _, block in blocks}
     figure.supxlabel(f'top {"/".join(map(str, sorted(kept)))} eigenvalues of (W + Wᵀ)/2 by magnitude', fontsize='small')
-    final = Path(path)
-    beside = final.with_name(f'.part.{final.name}')
-    stamp: dict[str, Any] = {'.svg': {'Date': None}, '.pdf': {'CreationDate': None}}.get(final.suffix, {})
-    try:
-        with matplotlib.rc_context({'svg.hashsalt': 'timm_nonlocal'}):
-            figure.savefig(beside, dpi=dpi, metadata=stamp)
-        beside.replace(final)
-    finally:
-        beside.unlink(missing_ok=True)
+    stamp: dict[str, Any] = {'.svg': {'Date': None}, '.pdf': {'CreationDate': None}}.get(path.suffix, {})
+    with matplotlib.rc_context({'svg.hashsalt': 'timm_nonlocal'}):
+        files.write(path, lambda beside: figure.savefig(beside, dpi=dpi, metadata=stamp))
 
 
 def _label(result: Result) -> str:
-    repo = result.source.repo
+    source = result.source
+    repo = source and source.repo
     name = f'{repo.id}@{(repo.commit or "main")[:8]}' if repo else Path(result.input).name or result.input
-    return f'{name} (untrained)' if not result.source.trained else name
+    return f'{name} (untrained)' if source and not source.trained else name
 
 
 def _name(stage: Stage, block: Spectrum) -> str:
@@ -70,11 +69,11 @@ def _inset(block: Spectrum) -> str:
     if block.neg_top is None:
         return 'not finite'
     align = '' if block.alignment is None else f'\nalign {block.alignment:+.2f}'
-    null = f'random {block.neg_top_null:.1f} ± {block.neg_top_null_sd:.1f} −'
-    return f'{block.neg_top}− / {block.pos_top}+\n{null}{align}'
+    expected = f'random {block.neg_top_null:.1f} ± {block.neg_top_null_sd:.1f} −'
+    return f'{block.neg_top}− / {block.pos_top}+\n{expected}{align}'
 
 
-def _bars(line, blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
+def _bars(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
     for panel in line[len(blocks):]:
         panel.set_axis_off()
     for panel, (stage, block) in zip(line, blocks, strict=False):
@@ -86,7 +85,7 @@ def _bars(line, blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
         panel.text(0.97, 0.96, _inset(block), transform=panel.transAxes, ha='right', va='top', fontsize='small')
 
 
-def _overlaid(line, blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
+def _overlaid(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
     panel = line[0]
     for stage, block in blocks:
         panel.plot(range(1, len(block.top) + 1), block.top, '.-', linewidth=0.5,
@@ -96,14 +95,14 @@ def _overlaid(line, blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
     panel.legend(fontsize='x-small', loc='lower center', bbox_to_anchor=(0.5, 1))  # above, where nothing is hidden
 
 
-def _planes(line, blocks: list[tuple[Stage, Spectrum]], overlay: bool) -> None:
+def _planes(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], overlay: bool) -> None:
     from matplotlib.patches import Circle
 
     for panel in line[1 if overlay else len(blocks):]:
         panel.set_axis_off()
     for number, (stage, block) in enumerate(blocks):
         panel = line[0 if overlay else number]
-        if not block.stability:
+        if not block.stability or not stage.stability:
             panel.set_axis_off()
             continue
         values = block.stability['eigenvalues']

@@ -4,13 +4,15 @@ import csv
 import io
 import json
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import huggingface_hub
 import torch
 
 from ..analysis.spectra import Spectrum
 from ..checkpoints.targets import Source
+
+__all__ = ['Result', 'Stage', 'legend', 'markdown', 'table', 'to_csv', 'to_json']
 
 SCHEMA = 'timm_nonlocal.inspect/1'
 BLUE, RED, PLAIN = '\033[34m', '\033[31m', '\033[0m'
@@ -41,13 +43,13 @@ outside  eigenvalues of W that break the CFL condition; radius: the asymptotic g
 
 @dataclass
 class Stage:
-    """The blocks of one nonlocal part, and what was asked of it as a whole."""
+    """The blocks of one nonlocal module, and what was asked of it as a whole."""
 
     name: str
     formulation: str
     blocks: list[Spectrum]
-    stability: Optional[dict[str, Any]] = None
-    images: Optional[dict[str, Any]] = None
+    stability: dict[str, Any] | None = None
+    images: dict[str, Any] | None = None
 
 
 @dataclass
@@ -55,19 +57,24 @@ class Result:
     """What came of one target."""
 
     input: str
-    source: Optional[Source] = None
+    source: Source | None = None
     stages: list[Stage] = field(default_factory=list)
-    images: Optional[dict[str, Any]] = None
+    images: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
-    error: Optional[str] = None
+    error: str | None = None
     code: int = 0
+
+    @property
+    def label(self) -> str:
+        """What was read, or what was asked for where nothing could be."""
+        return self.source.label if self.source else self.input
 
     def to_dict(self) -> dict[str, Any]:
         source, repo = self.source, self.source and self.source.repo
-        record: dict[str, Any] = {'input': self.input}
-        record |= {
-            'kind': source and source.kind, 'repo_id': repo and repo.id, 'revision': repo and repo.revision,
-            'commit': repo and repo.commit, 'file': source and source.file, 'sha256': repo and repo.sha256,
+        return {
+            'input': self.input, 'kind': source and source.kind, 'repo_id': repo and repo.id,
+            'revision': repo and repo.revision, 'commit': repo and repo.commit,
+            'file': source and source.file, 'sha256': repo and repo.sha256,
             'format': source and source.format, 'architecture': source and source.architecture,
             'trained': source and source.trained,
             'io': source and {'mode': source.tensors.mode, 'bytes_read': source.tensors.bytes_read,
@@ -78,7 +85,6 @@ class Result:
             } for stage in self.stages],
             'images': self.images, 'warnings': self.warnings, 'error': self.error,
         }
-        return record
 
 
 def to_json(results: list[Result], checks: list[dict[str, Any]], version: str) -> str:
@@ -111,7 +117,7 @@ def to_csv(results: list[Result]) -> str:
     return text.getvalue().rstrip('\n')
 
 
-def _number(value: Optional[float], form: str) -> str:
+def _number(value: float | None, form: str) -> str:
     if value is None:
         return '-'
     if form == '.4f' and value and not 1e-3 <= abs(value) < 1e4:
@@ -121,12 +127,12 @@ def _number(value: Optional[float], form: str) -> str:
 
 def _heading(stage: Stage) -> tuple[str, str]:
     """Of the column of counts, and what random weights show in it."""
-    block = next((block for block in stage.blocks if block.neg_top_null is not None), None)
-    if block is None:
-        return 'top -/+', ''
-    counted = round(2 * block.neg_top_null)  # zeros among a block's own are not
-    return f'top {counted} -/+', (
-        f'; random weights: {block.neg_top_null:.1f} ± {block.neg_top_null_sd:.1f} of {counted} negative')
+    for block in stage.blocks:
+        if block.neg_top_null is not None:
+            counted = round(2 * block.neg_top_null)  # zeros among a block's own are not
+            return f'top {counted} -/+', (
+                f'; random weights: {block.neg_top_null:.1f} ± {block.neg_top_null_sd:.1f} of {counted} negative')
+    return 'top -/+', ''
 
 
 def _title(stage: Stage) -> str:
@@ -138,23 +144,23 @@ def _title(stage: Stage) -> str:
 
 def table(result: Result, color: bool = False) -> str:
     """A line a block under a line a stage, then what was asked of the stage."""
-    lines = [result.source.label]
+    lines = [result.label]
     for stage in result.stages:
-        counts, null = _heading(stage)
-        lines += ['', _title(stage) + null,
+        counts, expected = _heading(stage)
+        lines += ['', _title(stage) + expected,
                   f'{"block":>5}  {counts:>10}' + ''.join(
                       f' {heading:>{width}}' for heading, width, _, _ in COLUMNS)]
         for block in stage.blocks:
             counts = '-' if block.neg_top is None else f'{block.neg_top}/{block.pos_top:>2}'
             counts = f'{counts:>10}'
-            if color and block.neg_top_null_sd:
+            if color and block.neg_top is not None and block.neg_top_null is not None and block.neg_top_null_sd:
                 away = (block.neg_top - block.neg_top_null) / block.neg_top_null_sd
                 counts = f'{BLUE if away > 0 else RED}{counts}{PLAIN}' if abs(away) > 3 else counts
             lines.append(f'{block.index:>5}  {counts}' + ''.join(
                 f' {_number(getattr(block, name), form):>{width}}' for _, width, name, form in COLUMNS)
                 + (f'  {", ".join(block.flags)}' if block.flags else ''))
-        lines += _stability(stage) if stage.stability else []
-        lines += _inside(stage) if stage.images else []
+        lines += _stability(stage, stage.stability) if stage.stability else []
+        lines += _inside(stage.images) if stage.images else []
     lines += _predictions(result.images) if result.images else []
     return '\n'.join(lines)
 
@@ -167,8 +173,7 @@ def legend(results: list[Result]) -> str:
     return '\n'.join(lines)
 
 
-def _stability(stage: Stage) -> list[str]:
-    whole = stage.stability
+def _stability(stage: Stage, whole: dict[str, Any]) -> list[str]:
     basis = {'given': '', 'bound': ', a bound for Gaussian kernels as φ = θ',
              'assumed': ', assumed: θ and φ differ, or the names do not tell; exact with images'}[whole['mu_basis']]
     lines = [f'  stability for mu_max = {whole["mu_max"]:g}{basis}',
@@ -182,8 +187,8 @@ def _stability(stage: Stage) -> list[str]:
     return [*lines, f'  all in a row: kappa = {_number(whole["kappa"], ".4f")} at mu = {whole["at_mu"]:.3f}']
 
 
-def _inside(stage: Stage) -> list[str]:
-    found, lines = stage.images, []
+def _inside(found: dict[str, Any]) -> list[str]:
+    lines = []
     if found['markov']:
         chain = found['markov']
         lines += [f'  A on images: a row looks at {chain["neighbours"]:.1f} positions (entropy {chain["entropy"]:.3f} '
@@ -218,10 +223,10 @@ def markdown(results: list[Result]) -> str:
     """Tables to paste into a model card or an issue."""
     lines = []
     for result in results:
-        lines += [f'**{result.source.label}**' if result.source else f'**{result.input}**', '']
+        lines += [f'**{result.label}**', '']
         for stage in result.stages:
-            counts, null = _heading(stage)
-            lines += [_title(stage) + null, '',
+            counts, expected = _heading(stage)
+            lines += [_title(stage) + expected, '',
                       '| ' + ' | '.join(['block', counts, *(column[0].replace('||', '‖')
                                                                              for column in COLUMNS), 'kappa']) + ' |',
                       '| ---: ' * (len(COLUMNS) + 3) + '|']

@@ -1,0 +1,39 @@
+"""Images for a look inside: prepared as for training, and one clear line where they are not there."""
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_nonlocal.inspect import pictures
+
+
+def test_cifar_images_are_those_of_training(small_cifar_here):
+    from torchvision.datasets import CIFAR10
+    images, labels = pictures.cifar(str(small_cifar_here), 10, 7)
+    train, test = (CIFAR10(small_cifar_here, train=flag) for flag in (True, False))
+    mean = torch.from_numpy(train.data).double().div(255).mean(0)
+    expected = torch.from_numpy(test.data[:7]).double().div(255) - mean
+    torch.testing.assert_close(images.double().permute(0, 2, 3, 1), expected, rtol=0, atol=1e-6)
+    assert labels.tolist() == test.targets[:7]
+
+
+def test_pictures_that_are_not_there(tmp_path):
+    model = timm.create_model('preresnet20')
+    with pytest.raises(ValueError, match='holds no picture'):
+        pictures.folder(str(tmp_path), model, 3)
+    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    with pytest.raises(ValueError, match='cannot be read as a picture'):
+        pictures.folder(str(tmp_path), model, 3)
+    with pytest.raises(ValueError, match='does not hold CIFAR-10 as torchvision keeps it'):
+        pictures.cifar(str(tmp_path), 10, 3)
+    with pytest.raises(ValueError, match='7 classes, and CIFAR 10 or 100: give --images'):
+        pictures.cifar(str(tmp_path), 7, 3)
+
+
+def test_a_folder_of_pictures(tmp_path):
+    (tmp_path / 'below').mkdir()
+    for number, path in enumerate(('b.png', 'below/a.jpg', 'notes.txt')):
+        Image.new('RGB', (48, 40), (number * 80, 0, 255)).save(tmp_path / path, 'PNG')
+    images, labels = pictures.folder(str(tmp_path), timm.create_model('preresnet20'), 5)
+    assert images.shape == (2, 3, 32, 32) and labels is None
