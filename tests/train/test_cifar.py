@@ -257,7 +257,7 @@ def test_a_state_of_other_images_is_refused(small_cifar_here, finished, tmp_path
     shutil.copy(finished / 'state.safetensors', tmp_path)
     from train import cifar
     load = cifar.load
-    monkeypatch.setattr(cifar, 'load', lambda *args: load(*args[:3], 64))
+    monkeypatch.setattr(cifar, 'load', lambda *args, **options: load(*args, **{**options, 'limit': 64}))
     fails('was trained on 120 images and tested on 20, not 64 and 20: check --data-dir', small_cifar_here, *RESUME,
           folder=tmp_path)
 
@@ -267,7 +267,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_cifar_here, finished, tm
     folder = tmp_path / 'full'
     assert train(small_cifar_here, folder, '--save-seconds', '0', '--max-minutes', '1e-9') == 124
     before = (folder / 'state.safetensors').read_bytes()
-    beside = folder / f'state.safetensors.{os.getpid()}.part'
+    beside = folder / f'.{os.getpid()}.state.safetensors'
     beside.symlink_to('/dev/full')
     capsys.readouterr()
     assert train(small_cifar_here, folder, *RESUME, '--save-seconds', '0') == 2

@@ -9,7 +9,7 @@ from tests.support.training import COMMON, random_images, result, same_course, s
 from timm_nonlocal.recipes import Recipe
 from train import cifar
 from train.engine.data import whole_plan
-from train.engine.loop import How
+from train.engine.execution import Execution
 from train.engine.pool import Pool
 from train.engine.step import Learner, autocast, compiled_loss, count_wrong, logits_of, loss_of
 from train.evaluate import ROUNDING, evaluate
@@ -23,9 +23,9 @@ NETS = ['preresnet20', 'preresnet20_nl_proposed_k5', 'preresnet20_nl_original_k2
 @pytest.fixture(autouse=True)
 def deterministic():
     """The same kernels every time, so that what differs is what is tested."""
-    How(deterministic=True).prepare(torch.device('cuda'))
+    Execution(deterministic=True).prepare(torch.device('cuda'))
     yield
-    How().prepare(torch.device('cuda'))
+    Execution().prepare(torch.device('cuda'))
     gc.collect()
     torch.cuda.empty_cache()
 

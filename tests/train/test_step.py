@@ -230,12 +230,13 @@ def test_the_compiled_step_is_the_eager_step():
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library than glibc')
 def test_freed_memory_is_used_again():
     program = ('import resource, torch\n'
-               'from train.loop import How\n'
-               'How().prepare(torch.device("cpu"))\n'
+               'from train.engine.execution import Execution\n'
+               'Execution().prepare(torch.device("cpu"))\n'
                'for _ in range(20):\n'
                '    torch.ones(8 << 20)\n'  # 32 MiB, 8192 pages
                'print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n')
-    kept, fresh = (int(run('-c', text).stdout) for text in (program, program.replace('How().prepare', '(lambda _: 0)')))
+    without = program.replace('Execution().prepare', '(lambda _: 0)')
+    kept, fresh = (int(run('-c', text).stdout) for text in (program, without))
     assert kept < fresh - 10 * 8192
 
 
