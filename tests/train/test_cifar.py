@@ -278,6 +278,19 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_cifar_here, finished, tm
     assert same_weights(folder, finished)
 
 
+def test_two_processes_never_train_in_one_folder(small_cifar, small_cifar_here, tmp_path, fails):
+    pytest.importorskip('fcntl')
+    folder = tmp_path / 'locked'
+    process = start(small_cifar, folder, '--save-seconds', '0', '--epochs', '2000')
+    wait_for_saves(folder / 'state.safetensors', 1, process)
+    fails(f'{folder} is in use by another process', small_cifar_here, *RESUME, '--epochs', '2000', folder=folder)
+    process.kill()  # the lock goes with the process, whatever it leaves
+    process.communicate()
+    assert (folder / '.lock').exists()
+    assert train(small_cifar_here, folder, *RESUME, '--epochs', '2000', '--max-minutes', '1e-9') == 124
+    assert not (folder / '.lock').exists()
+
+
 def test_unknown_model_names_near_ones(small_cifar_here, fails):
     fails('Did you mean preresnet20_nl_proposed_k2', small_cifar_here, '--model', 'preresnet20_nl_proposd_k2')
     fails('Did you mean preresnet20_nl_', small_cifar_here, '--model', 'preresnet20_nl_proposed_k0')

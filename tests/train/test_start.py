@@ -98,7 +98,8 @@ def test_what_is_no_start(small_cifar_here, backbone, tmp_path, capsys):
     folder = tmp_path / 'run'
     assert 'preresnet20_nl_proposed_k6' in refused(
         capsys, tune(small_cifar_here, folder, 'preresnet20_nl_proposed_k6.cifar100'))
-    assert 'no-such-file' in refused(capsys, tune(small_cifar_here, folder, 'no-such-file'))
+    line = refused(capsys, tune(small_cifar_here, folder, 'no-such-file'))
+    assert 'no-such-file' in line and 'Name a safetensors file, a folder with model.safetensors, or a name with' in line
     (tmp_path / 'empty').mkdir()
     assert 'empty' in refused(capsys, tune(small_cifar_here, folder, tmp_path / 'empty'))
     assert 'does not fit preresnet20_nl_proposed_k2: size mismatch for fc.bias' in refused(
