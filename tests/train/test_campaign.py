@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -30,24 +32,24 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = ('--', '--epochs', '2', '--batch-size', '60', '--save-seconds', '0')
 
 
-def command(data: Path, folder: Path, *more: str, options=SMALL) -> list[str]:
+def command(data: Path, folder: Path, *more: str, options: tuple[str, ...] = SMALL) -> list[str]:
     return [sys.executable, '-m', 'train.campaign', '--output-dir', str(folder), '--data-dir', str(data), '--results',
             'none', *more, *options]
 
 
 @pytest.fixture
-def environment(small_cifar, tmp_path):
+def environment(small_cifar: Path, tmp_path: Path) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(small_cifar)])
     return {**os.environ, 'PYTHONPATH': path, 'CUDA_VISIBLE_DEVICES': ''}
 
 
-def go(command: list[str], environment) -> subprocess.CompletedProcess:
+def go(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 # The list
 
-def test_every_row_of_the_papers_tables_five_times():
+def test_every_row_of_the_papers_tables_five_times() -> None:
     paper = [planned.run for planned in planned_runs() if not planned.start and not planned.run.model_kwargs
              and recipe_id(planned.run.recipe) in ('paper', 'paper lr=0.01')]
     assert {run.architecture for run in paper if run.dataset == 'cifar10'} == set(timm.list_models('preresnet20*')) - {
@@ -57,20 +59,20 @@ def test_every_row_of_the_papers_tables_five_times():
         'preresnet20_nl_original_k4', 'preresnet56_nl_original_k4'}
 
 
-def test_names_are_folders_and_no_two_are_alike():
+def test_names_are_folders_and_no_two_are_alike() -> None:
     names = [planned.name for planned in planned_runs()]
     assert len(set(names)) == len(names) and all(set(name) <= set(
         'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-') for name in names)
     assert names[0] == 'preresnet56.cifar100.seed0' and names[2] == 'preresnet20_nl_proposed_k5.cifar10.ft.seed0'
 
 
-def test_fine_tuning_starts_from_the_plain_backbone_of_its_data_set():
+def test_fine_tuning_starts_from_the_plain_backbone_of_its_data_set() -> None:
     tuned = [planned for planned in planned_runs() if planned.run.recipe == FINE_TUNING]
     assert {(planned.start, planned.run.dataset) for planned in tuned} == {
         ('preresnet20.cifar10', 'cifar10'), ('preresnet56.cifar100', 'cifar100')}
 
 
-def test_every_run_can_be_built():
+def test_every_run_can_be_built() -> None:
     for planned in planned_runs():
         if planned.run.seed == 0 and planned.run.recipe != PAPER and Campaign.available(planned):
             planned.run.build()
@@ -80,7 +82,7 @@ def test_every_run_can_be_built():
 
 # What runs
 
-def test_runs_train_in_processes_of_their_own(small_cifar, tmp_path, environment):
+def test_runs_train_in_processes_of_their_own(small_cifar: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """Side by side, one waiting for the weights of another; the second time nothing is left to do."""
     only = '--only', 'preresnet56.cifar100.ft.seed0', 'preresnet20.cifar10.short.seed0', 'preresnet20.cifar10.ft.seed0'
     done = go(command(small_cifar, tmp_path / 'c', *only), environment)
@@ -93,7 +95,8 @@ def test_runs_train_in_processes_of_their_own(small_cifar, tmp_path, environment
     assert again.returncode == 0 and 'final error' not in again.stdout
 
 
-def test_a_signal_saves_and_the_next_time_goes_on(small_cifar, tmp_path, environment):
+def test_a_signal_saves_and_the_next_time_goes_on(small_cifar: Path, tmp_path: Path,
+                                                  environment: dict[str, str]) -> None:
     only, folder = ('--only', 'preresnet20.cifar10.short.seed0'), tmp_path / 'c' / 'preresnet20.cifar10.short.seed0'
     long = '--', '--epochs', '60', '--batch-size', '2', '--save-seconds', '600'
     process = subprocess.Popen(command(small_cifar, tmp_path / 'c', *only, options=long), env=environment,
@@ -110,7 +113,8 @@ def test_a_signal_saves_and_the_next_time_goes_on(small_cifar, tmp_path, environ
     assert '1 cut' in table
 
 
-def test_one_that_fails_does_not_stop_the_others(small_cifar, tmp_path, environment):
+def test_one_that_fails_does_not_stop_the_others(small_cifar: Path, tmp_path: Path,
+                                                 environment: dict[str, str]) -> None:
     (tmp_path / 'c').mkdir()
     (tmp_path / 'c' / 'preresnet20_nl_proposed_k5.cifar10.short.seed0').write_text('a file in the way')
     done = go(command(small_cifar, tmp_path / 'c', '--jobs', '1', '--only',
@@ -120,7 +124,7 @@ def test_one_that_fails_does_not_stop_the_others(small_cifar, tmp_path, environm
 
 
 @pytest.mark.slow
-def test_a_lost_worker_of_ray_is_replaced(small_cifar, tmp_path, environment):
+def test_a_lost_worker_of_ray_is_replaced(small_cifar: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """Two workers; one is killed in the middle of its run, which goes on from its folder to the same bits."""
     pytest.importorskip('ray')
     script = tmp_path / 'cluster.py'
@@ -146,8 +150,8 @@ def test_a_lost_worker_of_ray_is_replaced(small_cifar, tmp_path, environment):
         assert same_course(tmp_path / 'a' / name, tmp_path / 'c' / name)
 
 
-def test_bad_arguments(tmp_path, capsys):
-    def say(*more):
+def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def say(*more: str) -> str:
         code = campaign.main(['--output-dir', str(tmp_path / 'x'), '--dry-run', *more])
         assert code == 2
         return capsys.readouterr().err
@@ -161,7 +165,7 @@ def test_bad_arguments(tmp_path, capsys):
 # The parts of it, without processes
 
 @pytest.fixture
-def campaign_of(tmp_path, monkeypatch):
+def campaign_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Campaign]:
     def make(*only: str, gpus: int = 0, results: Path = Path('none')) -> Campaign:
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
         monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {1, 3}, raising=False)
@@ -170,22 +174,22 @@ def campaign_of(tmp_path, monkeypatch):
     return make
 
 
-def finish(folder: Path, planned: PlannedRun, **more) -> None:
+def finish(folder: Path, planned: PlannedRun, **more: Any) -> None:
     run_dir.write_lines(folder / planned.name / run_dir.RESULTS, [fake(planned.run, 8.0, **more)])
 
 
-def fake(run: Run, error: float, **more) -> dict:
+def fake(run: Run, error: float, **more: Any) -> dict[str, Any]:
     """A line about a run that nobody made, and after it the sha256 of no weights."""
     history = [{'epoch': 1, 'train_loss': 1.0, 'train_error': 50.0, 'test_error': error,
                 'test_wrong': round(100 * error)}]
     return {**describe_result(run, history, [50_000, 10_000]), 'kind': 'own', 'sha256': '0' * 64, **more}
 
 
-def test_one_slot_a_core_or_a_gpu(campaign_of):
+def test_one_slot_a_core_or_a_gpu(campaign_of: Callable[..., Campaign]) -> None:
     assert campaign_of('*').engine.slots == [1, 3] and campaign_of('*', gpus=4).engine.slots == [0, 1, 2, 3]
 
 
-def test_seeds_go_side_by_side_on_a_gpu(campaign_of):
+def test_seeds_go_side_by_side_on_a_gpu(campaign_of: Callable[..., Campaign]) -> None:
     name = 'preresnet20_nl_proposed_k2.cifar10.seed*'
     assert [len(campaign_of(name, gpus=gpus).next_group()) for gpus in (0, 1)] == [1, 5]
     words = campaign_of(name, gpus=1).words(campaign_of(name, gpus=1).next_group())
@@ -193,7 +197,7 @@ def test_seeds_go_side_by_side_on_a_gpu(campaign_of):
     assert words[words.index('--output-dir') + 1].endswith('preresnet20_nl_proposed_k2.cifar10')
 
 
-def test_the_command_makes_the_run_that_was_asked_for(campaign_of):
+def test_the_command_makes_the_run_that_was_asked_for(campaign_of: Callable[..., Campaign]) -> None:
     """Its words, read by the command itself, give the planned run's recipe, network and data."""
     from train.cifar import parse
     made = campaign_of('*')
@@ -206,7 +210,7 @@ def test_the_command_makes_the_run_that_was_asked_for(campaign_of):
             assert (args.start or '') == planned.start
 
 
-def test_a_run_waits_for_the_weights_that_it_starts_from(campaign_of, tmp_path):
+def test_a_run_waits_for_the_weights_that_it_starts_from(campaign_of: Callable[..., Campaign], tmp_path: Path) -> None:
     made = campaign_of('preresnet56*.cifar100.*seed0')
     tuned, = (planned for planned in made.planned if planned.name == 'preresnet56.cifar100.ft.seed0')
     first, = (planned for planned in made.planned if planned.name == 'preresnet56.cifar100.seed0')
@@ -216,14 +220,15 @@ def test_a_run_waits_for_the_weights_that_it_starts_from(campaign_of, tmp_path):
     assert made.condition(first) == 'done'
 
 
-def test_a_run_starts_from_one_that_was_trained_beside_others(campaign_of, tmp_path):
+def test_a_run_starts_from_one_that_was_trained_beside_others(campaign_of: Callable[..., Campaign],
+                                                              tmp_path: Path) -> None:
     tuned, = campaign_of('preresnet56.cifar100.ft.seed0').planned
     first, = campaign_of('preresnet56.cifar100.seed0').planned
     run_dir.write_lines(tmp_path / 'c/preresnet56.cifar100/seed0' / run_dir.RESULTS, [fake(first.run, 8.0)])
     assert campaign_of('*').start(tuned) == str(tmp_path / 'c/preresnet56.cifar100/seed0')
 
 
-def test_what_is_published_is_not_repeated(campaign_of, tmp_path):
+def test_what_is_published_is_not_repeated(campaign_of: Callable[..., Campaign], tmp_path: Path) -> None:
     made, results = campaign_of('preresnet20_nl_*.ft.seed0'), tmp_path / 'results.jsonl'
     planned = made.planned[0]
     published = replace(planned.run, start=Start('preresnet20.cifar10', 'f' * 64))
@@ -233,7 +238,8 @@ def test_what_is_published_is_not_repeated(campaign_of, tmp_path):
     assert again.condition(planned) == 'done' and made.condition(planned) != 'done'
 
 
-def test_a_short_run_that_diverged_is_followed_by_one_with_a_lower_rate(campaign_of, tmp_path):
+def test_a_short_run_that_diverged_is_followed_by_one_with_a_lower_rate(campaign_of: Callable[..., Campaign],
+                                                                        tmp_path: Path) -> None:
     made = campaign_of('preresnet20_nl_original_k3.cifar10.short.seed0')
     planned, = made.planned
     finish(tmp_path / 'c', planned, diverged_epoch=1, diverged_step=64)
@@ -245,7 +251,7 @@ def test_a_short_run_that_diverged_is_followed_by_one_with_a_lower_rate(campaign
     assert made.planned[1].run.recipe == replace(SHORT, lr=SHORT.lr / 10)
 
 
-def test_options_that_do_not_exist_yet_are_not_begun(campaign_of):
+def test_options_that_do_not_exist_yet_are_not_begun(campaign_of: Callable[..., Campaign]) -> None:
     made = campaign_of('preresnet20_nl_proposed_k5.cifar10.ft.nl-args*')
     known = {planned.name: made.available(planned) for planned in made.planned}
     assert known['preresnet20_nl_proposed_k5.cifar10.ft.nl-args-symmetric-True.seed0']
@@ -256,11 +262,12 @@ def test_options_that_do_not_exist_yet_are_not_begun(campaign_of):
 # Coming home
 
 @pytest.fixture
-def homecoming(tmp_path, monkeypatch):
+def homecoming(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[..., Path], Callable[..., int]]:
     """Lands runs that nobody made, whose commit counts as known."""
     monkeypatch.setattr(land, 'in_history', lambda commit: commit == 'known')
 
-    def make(folder: str, run: Run, error: float, **more) -> Path:
+    def make(folder: str, run: Run, error: float, **more: Any) -> Path:
         place = tmp_path / folder / run.name
         place.mkdir(parents=True)
         run_dir.save_model(place, run, run.build().state_dict())
@@ -282,7 +289,8 @@ def landed(folder: Path) -> dict[str, int]:
     return {path.stem: seeds[sha256(path)] for path in sorted((folder / 'weights').glob('*'))}
 
 
-def test_landing_ships_the_median_of_each_recipe(homecoming, tmp_path, capsys):
+def test_landing_ships_the_median_of_each_recipe(homecoming: tuple[Callable[..., Path], Callable[..., int]],
+                                                 tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also when later runs move it; what diverged or followed no recipe that ships has its line only."""
     make, go = homecoming
     (tmp_path / 'weights').mkdir()
@@ -301,7 +309,8 @@ def test_landing_ships_the_median_of_each_recipe(homecoming, tmp_path, capsys):
     assert go('a', 'b') == 0 and capsys.readouterr().out == 'nothing new\n'
 
 
-def test_what_does_not_land_changes_nothing(homecoming, tmp_path, capsys):
+def test_what_does_not_land_changes_nothing(homecoming: tuple[Callable[..., Path], Callable[..., int]], tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
     make, go = homecoming
     (tmp_path / 'weights').mkdir()
     make('good', Run('preresnet20'), 8.0)
@@ -322,7 +331,7 @@ def test_what_does_not_land_changes_nothing(homecoming, tmp_path, capsys):
         assert not (tmp_path / 'results.jsonl').exists() and not list((tmp_path / 'weights').iterdir())
 
 
-def test_the_history_is_gits():
+def test_the_history_is_gits() -> None:
     head = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
     if head.returncode:
         pytest.skip('this is a copy of the tree without its history')

@@ -5,6 +5,7 @@ function of the plan's columns. A run can therefore be cut anywhere and continue
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def mean_colour(images: Images, colour: tuple[float, ...]) -> Images:
     return replace(images, mean=inside * torch.tensor(colour, device=images.mean.device))
 
 
-def load(name: str, data_dir: str, download: bool = False, limit: int = 0,
+def load(name: str, data_dir: str | Path, download: bool = False, limit: int = 0,
          mean: str = 'image') -> tuple[Images, Images]:
     """The training and the test split of 'cifar10' or 'cifar100' from the files torchvision keeps in data_dir.
 
