@@ -28,7 +28,8 @@ from benchmarks.stage.measure import milliseconds
 from benchmarks.train_report import TARGETS, report, table
 from timm_nonlocal.recipes import PAPER, Recipe
 from train.engine.data import Images, frame, whole_plan
-from train.engine.loop import How, Trainer
+from train.engine.execution import Execution
+from train.engine.loop import Trainer
 from train.engine.pool import Pool
 from train.engine.step import Learner, autocast, compiled_loss, count_wrong, loss_of
 from train.engine.stop import Stop
@@ -156,7 +157,7 @@ def epoch(case: Case, train_set: Images, test_set: Images) -> dict[str, Any]:
     device = train_set.labels.device
     recipe = Recipe(epochs=3, batch_size=min(PAPER.batch_size, len(train_set)))
     run = Run(case.model, recipe=recipe, mixed_precision=case.mixed_precision, compile=case.compile)
-    trainer = Trainer([run], train_set, test_set, How(graph=case.graph))
+    trainer = Trainer([run], train_set, test_set, Execution(graph=case.graph))
     with Stop() as stop:
         trainer.run(stop, lambda tensors, progress: None)
     wall = trainer.progress['runs'][0]['history'][-1]['seconds']
@@ -178,7 +179,7 @@ def epoch(case: Case, train_set: Images, test_set: Images) -> dict[str, Any]:
 def run(output: Path, max_minutes: float) -> dict[str, Any]:
     """Measures everything that the time allows; gives the record, which is in output after every case."""
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    How().prepare(device)
+    Execution().prepare(device)
     cpu, deadline = device.type == 'cpu', time.monotonic() + 60 * max_minutes
     count, recipe, steps = (40, Recipe(batch_size=16), 2) if cpu else (50_000, PAPER, 200)
     images = random_images(count, device)

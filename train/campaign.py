@@ -2,9 +2,9 @@
 
     python -m train.campaign --output-dir DIR --data-dir DATA
 
-One run a core with one thread each, or one a GPU (there all missing seeds of a row side by side), of this machine or of
-a Ray cluster. Run it again with the same DIR until nothing is left: cut runs go on where they were cut, finished ones
-(in DIR or in hub/results.jsonl) are not repeated. `train/scheduling/planned.py` is the list; `python -m train.land DIR`
+One run a core with one thread each, or one a GPU (there all missing seeds side by side), of this machine or of a Ray
+cluster. Run it again with the same DIR until nothing is left: cut runs go on where they were cut, finished ones (in DIR
+or in hub/results.jsonl) are not repeated. `train/scheduling/planned.py` is the list; `python -m train.land DIR`
 brings what is finished home.
 
 SIGTERM, Ctrl-C and --max-minutes save every run. Exit codes: 0 finished, or the time is over; 1 a run failed, the
@@ -28,12 +28,12 @@ import timm  # noqa: E402
 
 import timm_nonlocal  # noqa: E402
 from timm_nonlocal.recipes import RECIPES, nearest  # noqa: E402
-from train.engine.stop import Stop  # noqa: E402
+from train.engine.stop import Stop, StopReason  # noqa: E402
 from train.records import run_dir  # noqa: E402
 from train.records.run_dir import read_results  # noqa: E402
-from train.records.runs import ROOT, parse_kwargs  # noqa: E402
+from train.records.runs import ROOT, Run, parse_kwargs  # noqa: E402
 from train.records.state import RunError  # noqa: E402
-from train.scheduling.planned import Row, after_divergence, rows  # noqa: E402
+from train.scheduling.planned import PlannedRun, after_divergence, planned_runs  # noqa: E402
 from train.scheduling.workers import ENGINES, Local, Ray, Task  # noqa: E402
 
 Engine = Local | Ray
@@ -63,31 +63,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def wanted(only: list[str] | None) -> list[Row]:
-    """The rows that were asked for, in the order to do them. Raises ValueError if no name matches."""
+def wanted(only: list[str] | None) -> list[PlannedRun]:
+    """The runs that were asked for, in the order to do them. Raises ValueError if no name matches."""
     if not only:
-        return rows()
-    found = [row for pattern in only for row in rows() if fnmatch.fnmatch(row.name, pattern)]
+        return planned_runs()
+    found = [planned for pattern in only for planned in planned_runs() if fnmatch.fnmatch(planned.name, pattern)]
     if not found:
         raise ValueError(f'--only {" ".join(only)}: no run has such a name; --dry-run lists them')
-    return list({row.name: row for row in found}.values())
+    return list({planned.name: planned for planned in found}.values())
 
 
 @dataclass
 class Job:
-    """What makes one run, or several seeds of a row on a GPU."""
+    """What makes one run, or several seeds side by side on a GPU."""
 
-    rows: list[Row]
+    group: list[PlannedRun]
     slot: int
     task: Task
 
 
 class Campaign:
-    """The rows that are wanted, what a folder and the published results have of them, and what runs."""
+    """The runs that are wanted, what a folder and the published results have of them, and what runs."""
 
     def __init__(self, args: argparse.Namespace, engine: Engine):
         self.folder, self.data, self.options = args.output_dir, args.data_dir, args.options
-        self.rows, self.published = wanted(args.only), read_results(args.results)
+        self.planned, self.published = wanted(args.only), read_results(args.results)
         self.engine, self.jobs = engine, list[Job]()
         self.failed: list[str] = []
         if self.folder.exists() and not self.folder.is_dir():
@@ -95,108 +95,110 @@ class Campaign:
 
     # What there is
 
-    def place(self, row: Row) -> Path:
-        """The run's folder; that of several seeds side by side holds one a seed."""
-        beside = self.folder / row.run.row / f'seed{row.run.seed}'
-        return beside if beside.is_dir() else self.folder / row.name
+    def place(self, row: str, seed: int) -> Path:
+        """A run's folder; that of several seeds side by side holds one a seed."""
+        beside = self.folder / row / f'seed{seed}'
+        return beside if beside.is_dir() else self.folder / f'{row}.seed{seed}'
 
-    def record(self, row: Row) -> dict[str, Any] | None:
+    def place_of(self, planned: PlannedRun) -> Path:
+        return self.place(planned.run.row, planned.run.seed)
+
+    def record(self, planned: PlannedRun) -> dict[str, Any] | None:
         """The line about a finished run, of its folder or published."""
-        def key(run):
-            return {**run, 'start': None, 'test_every': 0, 'compile': False, 'processes': 1}
+        def key(run: Run) -> Run:
+            return replace(run, start=None, test_every=1, compile=False, processes=1)
 
-        own = read_results(self.place(row) / run_dir.RESULTS)
-        same = (line for line in self.published
-                if key(type(row.run).from_dict(line).to_dict()) == key(row.run.to_dict()))
+        own = read_results(self.place_of(planned) / run_dir.RESULTS)
+        same = (line for line in self.published if key(Run.from_dict(line)) == key(planned.run))
         return own[0] if own else next(same, None)
 
-    def start(self, row: Row) -> str | None:
+    def start(self, planned: PlannedRun) -> str | None:
         """What --start is given: '' where nothing is, None while the weights do not exist."""
-        if not row.start:
+        if not planned.start:
             return ''
-        first = self.folder / f'{row.start}.seed0'
+        first = self.place(planned.start, seed=0)
         if read_results(first / run_dir.RESULTS):
             return str(first)
-        return row.start if timm.is_model_pretrained(row.start) else None
+        return planned.start if timm.is_model_pretrained(planned.start) else None
 
     @staticmethod
-    def available(row: Row) -> bool:
-        """Whether the network takes the arguments of the row."""
-        given = parse_kwargs(row.run.model_kwargs).get('nl_args') or {}
+    def available(planned: PlannedRun) -> bool:
+        """Whether the network takes the arguments of the run."""
+        given = parse_kwargs(planned.run.model_kwargs).get('nl_args') or {}
         return given.keys() <= inspect.signature(timm_nonlocal.NonlocalStage).parameters.keys()
 
-    def condition(self, row: Row) -> str:
+    def condition(self, planned: PlannedRun) -> str:
         """'done', 'running', 'failed', 'not available', 'waiting', 'cut' or 'missing'."""
-        if self.record(row):
+        if self.record(planned):
             return 'done'
-        if any(row in job.rows for job in self.jobs):
+        if any(planned in job.group for job in self.jobs):
             return 'running'
-        if row.name in self.failed:
+        if planned.name in self.failed:
             return 'failed'
-        if not self.available(row):
+        if not self.available(planned):
             return 'not available'
-        if self.start(row) is None:
+        if self.start(planned) is None:
             return 'waiting'
-        return 'cut' if run_dir.holds_run(self.place(row)) else 'missing'
+        return 'cut' if run_dir.holds_run(self.place_of(planned)) else 'missing'
 
     # What is done about it
 
-    def words(self, group: list[Row]) -> list[str]:
-        """The arguments of train/cifar.py for a row, or for several seeds of one."""
+    def words(self, group: list[PlannedRun]) -> list[str]:
+        """The arguments of train/cifar.py for a run, or for one that differs in its seeds only."""
         run, name = group[0].run, nearest(group[0].run.recipe)
         flags = {'--model': run.architecture, '--dataset': run.dataset, '--data-dir': self.data, '--recipe': name,
                  '--test-every': run.test_every, '--resume': 'auto',
-                 '--output-dir': self.place(group[0]) if len(group) == 1 else self.folder / run.row}
+                 '--output-dir': self.place_of(group[0]) if len(group) == 1 else self.folder / run.row}
         flags |= {f'--{key.replace("_", "-")}': value for key, value in run.recipe.changes(RECIPES[name]).items()}
         if start := self.start(group[0]):
             flags['--start'] = start
         words = [str(word) for pair in flags.items() for word in pair]
         words += ['--model-kwargs', *run.model_kwargs] if run.model_kwargs else []
-        return [*words, *self.options, '--seeds', *(str(row.run.seed) for row in group)]
+        return [*words, *self.options, '--seeds', *(str(planned.run.seed) for planned in group)]
 
-    def begin(self, group: list[Row], slot: int) -> None:
+    def begin(self, group: list[PlannedRun], slot: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f'{group[0].name}.log'
         self.jobs.append(Job(group, slot, self.engine.begin(
             self.words(group), slot, log, group[0].run.mixed_precision)))
 
-    def next_group(self) -> list[Row]:
-        """The next row that can begin; on a GPU with the other seeds of it that nobody has begun. Cut ones first."""
-        ready = [(row, self.condition(row)) for row in self.rows]
-        for wish in ('cut', 'missing'):
-            for row, condition in ready:
-                if condition == wish:
-                    beside = [other for other, state in ready if self.engine.gpu and state == wish == 'missing'
-                              and replace(other.run, seed=0) == replace(row.run, seed=0)]
-                    return beside or [row]
+    def next_group(self) -> list[PlannedRun]:
+        """The next run that can begin; on a GPU with the other seeds of it that nobody has begun. Cut ones first."""
+        found = [(planned, self.condition(planned)) for planned in self.planned]
+        for ready in ('cut', 'missing'):
+            for planned, condition in found:
+                if condition == ready:
+                    beside = [other for other, state in found if self.engine.gpu and state == ready == 'missing'
+                              and replace(other.run, seed=0) == replace(planned.run, seed=0)]
+                    return beside or [planned]
         return []
 
     def reap(self) -> None:
         """Lets go of processes that have ended; a short run that diverged is followed by one with a lower rate."""
         for job in [job for job in self.jobs if job.task.poll() is not None]:
             self.jobs.remove(job)
-            for row in job.rows:
-                record = self.record(row)
+            for planned in job.group:
+                record = self.record(planned)
                 if not record:
-                    if (code := job.task.poll()) not in (124, 130, -signal.SIGTERM):
-                        self.failed.append(row.name)
-                        print(f'{row.name}: failed with exit code {code}, see {job.rows[0].name}.log', flush=True)
+                    if (code := job.task.poll()) not in (StopReason.TIME, StopReason.SIGNAL, -signal.SIGTERM):
+                        self.failed.append(planned.name)
+                        print(f'{planned.name}: failed with exit code {code}, see {job.group[0].name}.log', flush=True)
                     continue
                 lost = record['diverged_epoch'] is not None
-                print(f'{row.name}: final error {record["final_error"]:.2f} %'
+                print(f'{planned.name}: final error {record["final_error"]:.2f} %'
                       + f', not finite at step {record["diverged_step"]}' * lost, flush=True)
-                self.follow(row, record)
+                self.follow(planned, record)
 
-    def follow(self, row: Row, record: dict[str, Any] | None) -> None:
+    def follow(self, planned: PlannedRun, record: dict[str, Any] | None) -> None:
         """Puts what is to follow a run that diverged behind it."""
-        follower = after_divergence(row) if record and record['diverged_epoch'] is not None else None
-        if follower and follower.name not in {other.name for other in self.rows}:
-            self.rows.insert(self.rows.index(row) + 1, follower)
+        follower = after_divergence(planned) if record and record['diverged_epoch'] is not None else None
+        if follower and follower.name not in {other.name for other in self.planned}:
+            self.planned.insert(self.planned.index(planned) + 1, follower)
 
     def run(self, stop: Stop) -> None:
         """Keeps every core or GPU at work until nothing is left or there is a reason to stop; then all runs save."""
-        for row in list(self.rows):
-            self.follow(row, self.record(row))
+        for planned in list(self.planned):
+            self.follow(planned, self.record(planned))
         while not stop.reason:
             self.reap()
             busy = {job.slot for job in self.jobs}
@@ -213,17 +215,17 @@ class Campaign:
             self.reap()
 
     def table(self) -> str:
-        """A line a row: its condition, and of what has begun the epoch and the hours left."""
-        width = max(len(row.name) for row in self.rows)
+        """A line a run: its condition, and of what has begun the epoch and the hours left."""
+        width = max(len(planned.name) for planned in self.planned)
         lines = [f'{"run":<{width}}  {"":<13} {"epoch":>8} {"hours left":>10}']
         counts: dict[str, int] = {}
-        for row in self.rows:
-            condition = self.condition(row)
+        for planned in self.planned:
+            condition = self.condition(planned)
             counts[condition] = counts.get(condition, 0) + 1
-            epochs, seconds = pace(self.place(row) / run_dir.CURVE)
-            left = f'{seconds * (row.run.recipe.epochs - epochs) / 3600:.1f}' if epochs else ''
-            begun = [f'{epochs}/{row.run.recipe.epochs}', left] if condition in ('running', 'cut') else ['', '']
-            lines.append(f'{row.name:<{width}}  {condition:<13} {begun[0]:>8} {begun[1]:>10}'.rstrip())
+            epochs, seconds = pace(self.place_of(planned) / run_dir.CURVE)
+            left = f'{seconds * (planned.run.recipe.epochs - epochs) / 3600:.1f}' if epochs else ''
+            begun = [f'{epochs}/{planned.run.recipe.epochs}', left] if condition in ('running', 'cut') else ['', '']
+            lines.append(f'{planned.name:<{width}}  {condition:<13} {begun[0]:>8} {begun[1]:>10}'.rstrip())
         lines.append(', '.join(f'{count} {condition}' for condition, count in counts.items()))
         return '\n'.join(lines)
 
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RunError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    return 130 if stop.signalled else 1 if campaign.failed else 0
+    return StopReason.SIGNAL if stop.signalled else 1 if campaign.failed else 0
 
 
 if __name__ == '__main__':

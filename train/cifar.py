@@ -15,8 +15,11 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 STARTED = time.monotonic()  # before the imports, which take seconds on a cold disk
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, Python sees train/ only
@@ -33,13 +36,14 @@ from torch import Tensor  # noqa: E402
 from timm_nonlocal.datasets import DATASETS, DataError  # noqa: E402
 from timm_nonlocal.recipes import ANNEALS, MEANS, PAPER, RECIPES, Recipe  # noqa: E402
 from train.engine.data import load  # noqa: E402
-from train.engine.loop import How, Trainer, check_same_runs  # noqa: E402
+from train.engine.execution import Execution  # noqa: E402
+from train.engine.loop import Trainer, check_same_runs  # noqa: E402
 from train.engine.processes import Processes, end  # noqa: E402
 from train.engine.progress import Bar  # noqa: E402
-from train.engine.stop import Stop  # noqa: E402
+from train.engine.stop import Stop, StopReason  # noqa: E402
 from train.records import run_dir, state  # noqa: E402
 from train.records.runs import Run, Start  # noqa: E402
-from train.records.state import RunError  # noqa: E402
+from train.records.state import Progress, RunError  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,8 +106,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def plan(args: argparse.Namespace, accelerator: Accelerator,
-         start: Start | None = None) -> tuple[list[Run], list[Path], Processes]:
+def runs_of_process(args: argparse.Namespace, accelerator: Accelerator,
+                    start: Start | None = None) -> tuple[list[Run], list[Path], Processes]:
     """The runs of this process, their folders, and the processes that share them.
 
     Raises:
@@ -118,8 +122,9 @@ def plan(args: argparse.Namespace, accelerator: Accelerator,
     if args.sync_bn and not (shared and count > 1 and accelerator.device.type == 'cuda'):
         raise ValueError('--sync-bn is for one seed on several GPUs')
     architecture = split_model_name_tag(args.model)[0]
-    runs = [Run(architecture, args.dataset, seed, args.recipe, tuple(args.model_kwargs), args.limit,
-                accelerator.mixed_precision, args.compile, count if shared else 1, start, args.test_every)
+    runs = [Run(architecture, args.dataset, seed, args.recipe, model_kwargs=tuple(args.model_kwargs), limit=args.limit,
+                mixed_precision=accelerator.mixed_precision, compile=args.compile, processes=count if shared else 1,
+                start=start, test_every=args.test_every)
             for seed in args.seeds]
     folders = [output_dir(args) if shared else output_dir(args) / f'seed{seed}' for seed in args.seeds]
     if shared:
@@ -135,9 +140,10 @@ def output_dir(args: argparse.Namespace) -> Path:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    given = {field.name: value for field in fields(Recipe) if (value := getattr(args, field.name)) is not None}
-    return replace(RECIPES[args.recipe], **{key: tuple(value) if isinstance(value, list) else value
-                                            for key, value in given.items()})
+    """The recipe that is named, with the options that differ from it."""
+    given: dict[str, Any] = {field.name: tuple(value) if isinstance(value, list) else value
+                             for field in fields(Recipe) if (value := getattr(args, field.name)) is not None}
+    return replace(RECIPES[args.recipe], **given)
 
 
 def spectrum_epochs(args: argparse.Namespace) -> list[int]:
@@ -160,7 +166,9 @@ def open_start(name: str) -> tuple[Start, dict[str, Tensor]]:
         else:
             weights = timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f'--start {name}: {str(error).strip().splitlines()[0]}') from error
+        known = [known for known in timm.list_pretrained('preresnet*') if '_nl_' not in known]
+        raise ValueError(f'--start {name}: {str(error).strip().splitlines()[0]}. Name a safetensors file, a folder '
+                         f'with {run_dir.MODEL}, or a name with weights: {", ".join(known) or "none yet"}') from error
     weights = {key: tensor.contiguous() for key, tensor in weights.items()}
     return Start(path.name if path.exists() else name, run_dir.sha256(weights)), weights
 
@@ -171,39 +179,47 @@ def train(args: argparse.Namespace) -> int:
                               project_dir=output_dir(args))
     if accelerator.device.type == 'cpu':
         torch.set_num_threads(args.threads or max(1, usable_cores() // accelerator.num_processes))
-    stopped = train_runs(args, accelerator)
+    with ExitStack() as locks:
+        reason = train_runs(args, accelerator, locks)
     end(accelerator)
-    return {'': 0, 'time': 124, 'signal': 130}[stopped]
+    return reason
 
 
 def usable_cores() -> int:
     """How many threads torch would take, which follows OMP_NUM_THREADS, and no more than this process has cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return min(torch.get_num_threads(), cores) if 'OMP_NUM_THREADS' in os.environ else cores
 
 
-def train_runs(args: argparse.Namespace, accelerator: Accelerator) -> str:
-    """The runs of this process, from their folders' state to the end. Returns why they stopped before it, or ''."""
-    how = How(not args.no_graph, args.deterministic, args.sync_bn)
-    how.prepare(accelerator.device)
+def train_runs(args: argparse.Namespace, accelerator: Accelerator, locks: ExitStack) -> StopReason:
+    """The runs of this process, from their folders' state to the end, or to where there is a reason to stop.
+
+    Args:
+        locks: holds the runs' folders until all of it is over.
+    """
+    execution = Execution(not args.no_graph, args.deterministic, args.sync_bn)
+    execution.prepare(accelerator.device)
     start, weights = open_start(args.start) if args.start else (None, None)
-    runs, folders, processes = plan(args, accelerator, start)
+    runs, folders, processes = runs_of_process(args, accelerator, start)
     runs[0].build()  # a name or argument that does not fit is said before anything is read
+    for folder in folders if processes.first else []:
+        locks.enter_context(run_dir.locked(folder))
     saved = read_state(folders, runs, args.resume == 'auto')
     if run_dir.is_finished(folders):
         for folder in folders if processes.first else []:
             record, = run_dir.read_results(folder / run_dir.RESULTS)
             print(f'{folder} is finished: final error {record["final_error"]:.2f} %')
-        return ''
-    train_set, test_set = load(args.dataset, args.data_dir, args.download, args.limit, args.recipe.mean)
-    trainer = Trainer(runs, train_set.to(accelerator.device), test_set.to(accelerator.device), how, processes,
-                      spectrum_epochs(args))
+        return StopReason.NONE
+    train_set, test_set = load(args.dataset, args.data_dir, download=args.download, limit=args.limit,
+                               mean=args.recipe.mean)
+    trainer = Trainer(runs, train_set.to(accelerator.device), test_set.to(accelerator.device),
+                      execution=execution, processes=processes, spectrum_epochs=spectrum_epochs(args))
     if saved:
         trainer.restore(*saved, str(folders[0]))
     elif weights:
         trainer.start_from(weights)
 
-    def save(tensors, progress) -> None:
+    def save(tensors: dict[str, Tensor], progress: Progress) -> None:
         state.save(folders[0] / run_dir.STATE, tensors, progress)
         for folder, kept in zip(folders, progress['runs'], strict=True):
             run_dir.save_curve(folder, kept['history'])
@@ -218,16 +234,16 @@ def train_runs(args: argparse.Namespace, accelerator: Accelerator) -> str:
     with (Stop(args.max_minutes, STARTED) as stop,
           Bar(args.recipe.epochs * len(train_set), epoch * len(train_set) + images,
               accelerator.is_main_process) as bar):
-        stopped = trainer.run(stop, save, args.save_seconds, bar, on_epoch=log_to(accelerator, runs))
-    if not stopped and processes.first:
+        reason = trainer.run(stop, save, args.save_seconds, bar, on_epoch=log_to(accelerator, runs))
+    if not reason and processes.first:
         finish(trainer, folders)
-    elif stopped and processes.first:
+    elif reason and processes.first:
         print(f'stopped in epoch {trainer.progress["epoch"] + 1} after {trainer.progress["images"]} of its images; '
               f'continue with --resume auto')
-    return stopped
+    return reason
 
 
-def read_state(folders: list[Path], runs: list[Run], resume: bool):
+def read_state(folders: list[Path], runs: list[Run], resume: bool) -> tuple[dict[str, Tensor], Progress] | None:
     """What was saved, or None for new runs.
 
     Raises:
@@ -246,9 +262,9 @@ def read_state(folders: list[Path], runs: list[Run], resume: bool):
     return tensors, progress
 
 
-def log_to(accelerator: Accelerator, runs: list[Run]):
+def log_to(accelerator: Accelerator, runs: list[Run]) -> Callable[[list[dict[str, Any] | None]], None] | None:
     """Gives an epoch's rows to the trackers, under seedS/ where there are several seeds."""
-    def log(rows) -> None:
+    def log(rows: list[dict[str, Any] | None]) -> None:
         values = {f'seed{run.seed}/{key}' if len(runs) > 1 else key: value
                   for run, row in zip(runs, rows, strict=True) if row
                   for key, value in row.items() if key != 'epoch' and value is not None}

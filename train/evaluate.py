@@ -2,7 +2,7 @@
 
     python -m train.evaluate NAME… --data-dir DIR
 
-The images are preprocessed as in training (the mean image subtracted), in float32 without TF32, in parts of one size.
+The images are preprocessed as in training (the mean image subtracted), in float32 without TF32, in chunks of one size.
 Beside it stands the error under timm's preprocessing, which subtracts the mean colour and is what most users apply.
 
 Where a line of results.jsonl is about these very weights (the folder's own, or hub/results.jsonl's, by sha256), the
@@ -59,7 +59,7 @@ def open_target(target: str) -> nn.Module:
     path = Path(target)
     if path.is_file() and path.name == run_dir.MODEL:
         path = path.parent
-    options = {}
+    options: dict[str, Any] = {}
     if path.is_dir():
         name = f'local-dir:{path}'
     elif path.is_file():
@@ -92,9 +92,10 @@ def evaluate(model: nn.Module, images: Images, mean: str = 'image') -> dict[str,
     Args:
         mean: what the network was trained without, see `Recipe.mean`.
     """
-    timm_images = mean_colour(images, model.pretrained_cfg['mean'])
+    config: Any = model.pretrained_cfg
+    timm_images = mean_colour(images, config['mean'])
     images = timm_images if mean == 'colour' else images
-    model.to(images.labels.device, memory_format=torch.channels_last)
+    model.to(images.labels.device).to(memory_format=torch.channels_last)
     columns = whole_plan(len(images)).to(images.labels.device)
     logits = logits_of(model, images, columns)
     highest = logits.topk(2, dim=1).values

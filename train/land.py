@@ -3,8 +3,8 @@
     python -m train.land DIR…
 
 A DIR is a run's folder or one that holds such folders; runs that are not finished wait. `hub.results.to_ship` says
-whose weights ship. Runs that used a part of the images, and those of code that is not in the history, do not land.
-What has landed stays.
+whose weights ship. Runs that used a part of the images, and those of code that is unknown or not in the history, do not
+land. What has landed stays.
 
 Exit codes: 0 done; 2 a DIR or a file in it is off, and nothing was changed.
 """
@@ -13,11 +13,12 @@ import argparse
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hub.results import sha256 as sha256_of_file
 from hub.results import to_ship
+from timm_nonlocal.files import sha256
 from train.records import run_dir
 from train.records.run_dir import read_results, write_lines
 from train.records.runs import ROOT, Run
@@ -56,10 +57,11 @@ def check(folder: Path, record: dict[str, Any]) -> None:
     if record.get('limit'):
         raise RunError(f'{folder} was trained on the first {record["limit"]} images only: it does not land')
     commit = record.get('commit') or ''
-    if commit.endswith('-dirty') or (commit and not in_history(commit)):
-        raise RunError(f'{folder} was made by {commit}, which is not in the history: run it from committed code')
+    if not commit or commit.endswith('-dirty') or not in_history(commit):
+        made_by = f'{commit}, which is not in the history' if commit else 'an unknown commit'
+        raise RunError(f'{folder} was made by {made_by}: run it from committed code, with GIT_COMMIT where git is not')
     model = folder / run_dir.MODEL
-    if not model.is_file() or sha256_of_file(model) != record['sha256']:
+    if not model.is_file() or sha256(model) != record['sha256']:
         raise RunError(f'{model} is missing, or not what {run_dir.RESULTS} says: its sha256 is to be '
                        f'{record["sha256"][:12]}…')
 
@@ -92,11 +94,11 @@ def land(folders: list[Path], results: Path, weights: Path) -> list[str]:
     write_lines(results, published)
     for name, record in to_ship(published).items():
         path = weights / f'{name}.safetensors'
-        if path.is_file() and sha256_of_file(path) == record['sha256']:
+        if path.is_file() and sha256(path) == record['sha256']:
             continue
         folder = next((folder for folder, line in runs if line['sha256'] == record['sha256']), None)
         if folder:
-            write(path, lambda beside, folder=folder: shutil.copyfile(folder / run_dir.MODEL, beside))
+            write(path, partial(shutil.copyfile, folder / run_dir.MODEL))
             said.append(f'{path.name}: the weights of {folder.name}')
         else:
             said.append(f'{path.name}: its weights are in none of these folders')

@@ -91,7 +91,7 @@ def test_the_command_of_a_run_makes_that_run():
     words = shlex.split(zoo.command(run.to_dict()))
     assert words[:5] == ['accelerate', 'launch', '--mixed_precision', 'bf16', 'train/cifar.py']
     accelerator = SimpleNamespace(mixed_precision=words[3], num_processes=1)
-    runs, _folders, _processes = cifar.plan(cifar.parse(words[5:]), accelerator)
+    runs, _folders, _processes = cifar.runs_of_process(cifar.parse(words[5:]), accelerator)
     assert runs == [run]
 
 

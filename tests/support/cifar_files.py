@@ -4,13 +4,14 @@ import hashlib
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tests.support.process import ROOT
 
 
-def _write_batch(folder: Path, name: str, fields: dict) -> str:
+def _write_batch(folder: Path, name: str, fields: dict[str, Any]) -> str:
     data = pickle.dumps(fields, protocol=2)
     (folder / name).write_bytes(data)
     return hashlib.md5(data).hexdigest()

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*command: str, data: Path | None = None, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+def run(*command: str, data: Path | None = None, env: dict[str, str] | None = None,
+        **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs `python …` in a process of its own, with the small data's md5 sums where `data` is given."""
     path = [str(ROOT), *([str(data)] if data else [])]
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(path), 'CUDA_VISIBLE_DEVICES': '', **(env or {})}

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -34,7 +35,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return same_tensors(load_file(a / 'model.safetensors'), load_file(b / 'model.safetensors'))
 
 
-def result(folder: Path) -> dict:
+def result(folder: Path) -> dict[str, Any]:
     record, = (json.loads(line) for line in (folder / 'results.jsonl').read_text().splitlines())
     return record
 

@@ -6,50 +6,52 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import timm
 import torch
 
-from hub.results import sha256 as sha256_of_file
 from tests.support.process import ROOT
 from tests.support.training import result, same_course
+from timm_nonlocal.files import sha256
 from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe, recipe_id
 from train import campaign, land
 from train.campaign import Campaign
 from train.records import run_dir
 from train.records.run_dir import read_results
 from train.records.runs import Run, Start, describe_result
-from train.scheduling.planned import Row, after_divergence, rows
+from train.scheduling.planned import PlannedRun, after_divergence, planned_runs
 from train.scheduling.workers import Local
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = ('--', '--epochs', '2', '--batch-size', '60', '--save-seconds', '0')
 
 
-def command(data: Path, folder: Path, *more: str, options=SMALL) -> list[str]:
+def command(data: Path, folder: Path, *more: str, options: tuple[str, ...] = SMALL) -> list[str]:
     return [sys.executable, '-m', 'train.campaign', '--output-dir', str(folder), '--data-dir', str(data), '--results',
             'none', *more, *options]
 
 
 @pytest.fixture
-def environment(small_cifar, tmp_path):
+def environment(small_cifar: Path, tmp_path: Path) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(small_cifar)])
     return {**os.environ, 'PYTHONPATH': path, 'CUDA_VISIBLE_DEVICES': ''}
 
 
-def go(command: list[str], environment) -> subprocess.CompletedProcess:
+def go(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 # The list
 
-def test_every_row_of_the_papers_tables_five_times():
-    paper = [row.run for row in rows() if not row.start and not row.run.model_kwargs
-             and recipe_id(row.run.recipe) in ('paper', 'paper lr=0.01')]
+def test_every_row_of_the_papers_tables_five_times() -> None:
+    paper = [planned.run for planned in planned_runs() if not planned.start and not planned.run.model_kwargs
+             and recipe_id(planned.run.recipe) in ('paper', 'paper lr=0.01')]
     assert {run.architecture for run in paper if run.dataset == 'cifar10'} == set(timm.list_models('preresnet20*')) - {
         'preresnet20_nl_proposed_k1'}
     assert len([run for run in paper if run.dataset == 'cifar100']) == 9 * 5 and len(paper) == 21 * 5
@@ -57,30 +59,30 @@ def test_every_row_of_the_papers_tables_five_times():
         'preresnet20_nl_original_k4', 'preresnet56_nl_original_k4'}
 
 
-def test_names_are_folders_and_no_two_are_alike():
-    names = [row.name for row in rows()]
+def test_names_are_folders_and_no_two_are_alike() -> None:
+    names = [planned.name for planned in planned_runs()]
     assert len(set(names)) == len(names) and all(set(name) <= set(
         'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-') for name in names)
     assert names[0] == 'preresnet56.cifar100.seed0' and names[2] == 'preresnet20_nl_proposed_k5.cifar10.ft.seed0'
 
 
-def test_fine_tuning_starts_from_the_plain_backbone_of_its_data_set():
-    tuned = [row for row in rows() if row.run.recipe == FINE_TUNING]
-    assert {(row.start, row.run.dataset) for row in tuned} == {
+def test_fine_tuning_starts_from_the_plain_backbone_of_its_data_set() -> None:
+    tuned = [planned for planned in planned_runs() if planned.run.recipe == FINE_TUNING]
+    assert {(planned.start, planned.run.dataset) for planned in tuned} == {
         ('preresnet20.cifar10', 'cifar10'), ('preresnet56.cifar100', 'cifar100')}
 
 
-def test_every_row_can_be_built():
-    for row in rows():
-        if row.run.seed == 0 and row.run.recipe != PAPER and Campaign.available(row):
-            row.run.build()
-    depth_29, = (row.run for row in rows() if 'depth=29' in row.run.model_kwargs)
+def test_every_run_can_be_built() -> None:
+    for planned in planned_runs():
+        if planned.run.seed == 0 and planned.run.recipe != PAPER and Campaign.available(planned):
+            planned.run.build()
+    depth_29, = (planned.run for planned in planned_runs() if 'depth=29' in planned.run.model_kwargs)
     assert sum(p.numel() for p in depth_29.build().parameters()) == 312_218
 
 
 # What runs
 
-def test_rows_train_in_processes_of_their_own(small_cifar, tmp_path, environment):
+def test_runs_train_in_processes_of_their_own(small_cifar: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """Side by side, one waiting for the weights of another; the second time nothing is left to do."""
     only = '--only', 'preresnet56.cifar100.ft.seed0', 'preresnet20.cifar10.short.seed0', 'preresnet20.cifar10.ft.seed0'
     done = go(command(small_cifar, tmp_path / 'c', *only), environment)
@@ -93,7 +95,8 @@ def test_rows_train_in_processes_of_their_own(small_cifar, tmp_path, environment
     assert again.returncode == 0 and 'final error' not in again.stdout
 
 
-def test_a_signal_saves_and_the_next_time_goes_on(small_cifar, tmp_path, environment):
+def test_a_signal_saves_and_the_next_time_goes_on(small_cifar: Path, tmp_path: Path,
+                                                  environment: dict[str, str]) -> None:
     only, folder = ('--only', 'preresnet20.cifar10.short.seed0'), tmp_path / 'c' / 'preresnet20.cifar10.short.seed0'
     long = '--', '--epochs', '60', '--batch-size', '2', '--save-seconds', '600'
     process = subprocess.Popen(command(small_cifar, tmp_path / 'c', *only, options=long), env=environment,
@@ -110,7 +113,8 @@ def test_a_signal_saves_and_the_next_time_goes_on(small_cifar, tmp_path, environ
     assert '1 cut' in table
 
 
-def test_one_that_fails_does_not_stop_the_others(small_cifar, tmp_path, environment):
+def test_one_that_fails_does_not_stop_the_others(small_cifar: Path, tmp_path: Path,
+                                                 environment: dict[str, str]) -> None:
     (tmp_path / 'c').mkdir()
     (tmp_path / 'c' / 'preresnet20_nl_proposed_k5.cifar10.short.seed0').write_text('a file in the way')
     done = go(command(small_cifar, tmp_path / 'c', '--jobs', '1', '--only',
@@ -120,7 +124,7 @@ def test_one_that_fails_does_not_stop_the_others(small_cifar, tmp_path, environm
 
 
 @pytest.mark.slow
-def test_a_lost_worker_of_ray_is_replaced(small_cifar, tmp_path, environment):
+def test_a_lost_worker_of_ray_is_replaced(small_cifar: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """Two workers; one is killed in the middle of its run, which goes on from its folder to the same bits."""
     pytest.importorskip('ray')
     script = tmp_path / 'cluster.py'
@@ -146,8 +150,8 @@ def test_a_lost_worker_of_ray_is_replaced(small_cifar, tmp_path, environment):
         assert same_course(tmp_path / 'a' / name, tmp_path / 'c' / name)
 
 
-def test_bad_arguments(tmp_path, capsys):
-    def say(*more):
+def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def say(*more: str) -> str:
         code = campaign.main(['--output-dir', str(tmp_path / 'x'), '--dry-run', *more])
         assert code == 2
         return capsys.readouterr().err
@@ -161,7 +165,7 @@ def test_bad_arguments(tmp_path, capsys):
 # The parts of it, without processes
 
 @pytest.fixture
-def plan(tmp_path, monkeypatch):
+def campaign_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Campaign]:
     def make(*only: str, gpus: int = 0, results: Path = Path('none')) -> Campaign:
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
         monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {1, 3}, raising=False)
@@ -170,91 +174,104 @@ def plan(tmp_path, monkeypatch):
     return make
 
 
-def finish(folder: Path, row: Row, **more) -> None:
-    run_dir.write_lines(folder / row.name / run_dir.RESULTS, [fake(row.run, 8.0, **more)])
+def finish(folder: Path, planned: PlannedRun, **more: Any) -> None:
+    run_dir.write_lines(folder / planned.name / run_dir.RESULTS, [fake(planned.run, 8.0, **more)])
 
 
-def fake(run: Run, error: float, **more) -> dict:
+def fake(run: Run, error: float, **more: Any) -> dict[str, Any]:
     """A line about a run that nobody made, and after it the sha256 of no weights."""
     history = [{'epoch': 1, 'train_loss': 1.0, 'train_error': 50.0, 'test_error': error,
                 'test_wrong': round(100 * error)}]
     return {**describe_result(run, history, [50_000, 10_000]), 'kind': 'own', 'sha256': '0' * 64, **more}
 
 
-def test_one_slot_a_core_or_a_gpu(plan):
-    assert plan('*').engine.slots == [1, 3] and plan('*', gpus=4).engine.slots == [0, 1, 2, 3]
+def test_one_slot_a_core_or_a_gpu(campaign_of: Callable[..., Campaign]) -> None:
+    assert campaign_of('*').engine.slots == [1, 3] and campaign_of('*', gpus=4).engine.slots == [0, 1, 2, 3]
 
 
-def test_seeds_go_side_by_side_on_a_gpu(plan):
-    row = 'preresnet20_nl_proposed_k2.cifar10.seed*'
-    assert [len(plan(row, gpus=gpus).next_group()) for gpus in (0, 1)] == [1, 5]
-    words = plan(row, gpus=1).words(plan(row, gpus=1).next_group())
+def test_seeds_go_side_by_side_on_a_gpu(campaign_of: Callable[..., Campaign]) -> None:
+    name = 'preresnet20_nl_proposed_k2.cifar10.seed*'
+    assert [len(campaign_of(name, gpus=gpus).next_group()) for gpus in (0, 1)] == [1, 5]
+    words = campaign_of(name, gpus=1).words(campaign_of(name, gpus=1).next_group())
     assert words[words.index('--seeds') + 1:] == ['0', '1', '2', '3', '4']
     assert words[words.index('--output-dir') + 1].endswith('preresnet20_nl_proposed_k2.cifar10')
 
 
-def test_the_command_makes_the_run_that_was_asked_for(plan):
-    """Its words, read by the command itself, give the row's recipe, network and data."""
+def test_the_command_makes_the_run_that_was_asked_for(campaign_of: Callable[..., Campaign]) -> None:
+    """Its words, read by the command itself, give the planned run's recipe, network and data."""
     from train.cifar import parse
-    made = plan('*')
-    for row in made.rows:
-        if row.run.seed == 0 and made.available(row) and made.start(row) is not None:
-            args = parse(made.words([row]))
+    made = campaign_of('*')
+    for planned in made.planned:
+        run = planned.run
+        if run.seed == 0 and made.available(planned) and made.start(planned) is not None:
+            args = parse(made.words([planned]))
             assert (args.model, args.dataset, args.recipe, tuple(args.model_kwargs), args.seeds, args.test_every) == (
-                row.run.architecture, row.run.dataset, row.run.recipe, row.run.model_kwargs, [0], row.run.test_every)
-            assert (args.start or '') == row.start
+                run.architecture, run.dataset, run.recipe, run.model_kwargs, [0], run.test_every)
+            assert (args.start or '') == planned.start
 
 
-def test_a_row_waits_for_the_weights_that_it_starts_from(plan, tmp_path):
-    made = plan('preresnet56*.cifar100.*seed0')
-    tuned, = (row for row in made.rows if row.name == 'preresnet56.cifar100.ft.seed0')
-    first, = (row for row in made.rows if row.name == 'preresnet56.cifar100.seed0')
+def test_a_run_waits_for_the_weights_that_it_starts_from(campaign_of: Callable[..., Campaign], tmp_path: Path) -> None:
+    made = campaign_of('preresnet56*.cifar100.*seed0')
+    tuned, = (planned for planned in made.planned if planned.name == 'preresnet56.cifar100.ft.seed0')
+    first, = (planned for planned in made.planned if planned.name == 'preresnet56.cifar100.seed0')
     assert made.condition(tuned) == ('missing' if timm.is_model_pretrained('preresnet56.cifar100') else 'waiting')
     finish(tmp_path / 'c', first)
     assert made.condition(tuned) == 'missing' and made.start(tuned) == str(tmp_path / 'c' / first.name)
     assert made.condition(first) == 'done'
 
 
-def test_what_is_published_is_not_repeated(plan, tmp_path):
-    made, results = plan('preresnet20_nl_*.ft.seed0'), tmp_path / 'results.jsonl'
-    row = made.rows[0]
-    published = replace(row.run, start=Start('preresnet20.cifar10', 'f' * 64))
-    run_dir.write_lines(results, [fake(published, 8.0), fake(replace(row.run, seed=1), 8.0)])
-    again = plan('preresnet20_nl_*.ft.seed0', results=results)
-    assert [again.condition(row) for row in again.rows].count('done') == 1
-    assert again.condition(row) == 'done' and made.condition(row) != 'done'
+def test_a_run_starts_from_one_that_was_trained_beside_others(campaign_of: Callable[..., Campaign],
+                                                              tmp_path: Path) -> None:
+    tuned, = campaign_of('preresnet56.cifar100.ft.seed0').planned
+    first, = campaign_of('preresnet56.cifar100.seed0').planned
+    run_dir.write_lines(tmp_path / 'c/preresnet56.cifar100/seed0' / run_dir.RESULTS, [fake(first.run, 8.0)])
+    assert campaign_of('*').start(tuned) == str(tmp_path / 'c/preresnet56.cifar100/seed0')
 
 
-def test_a_short_run_that_diverged_is_followed_by_one_with_a_lower_rate(plan, tmp_path):
-    made = plan('preresnet20_nl_original_k3.cifar10.short.seed0')
-    row, = made.rows
-    finish(tmp_path / 'c', row, diverged_epoch=1, diverged_step=64)
+def test_what_is_published_is_not_repeated(campaign_of: Callable[..., Campaign], tmp_path: Path) -> None:
+    made, results = campaign_of('preresnet20_nl_*.ft.seed0'), tmp_path / 'results.jsonl'
+    planned = made.planned[0]
+    published = replace(planned.run, start=Start('preresnet20.cifar10', 'f' * 64))
+    run_dir.write_lines(results, [fake(published, 8.0), fake(replace(planned.run, seed=1), 8.0)])
+    again = campaign_of('preresnet20_nl_*.ft.seed0', results=results)
+    assert [again.condition(planned) for planned in again.planned].count('done') == 1
+    assert again.condition(planned) == 'done' and made.condition(planned) != 'done'
+
+
+def test_a_short_run_that_diverged_is_followed_by_one_with_a_lower_rate(campaign_of: Callable[..., Campaign],
+                                                                        tmp_path: Path) -> None:
+    made = campaign_of('preresnet20_nl_original_k3.cifar10.short.seed0')
+    planned, = made.planned
+    finish(tmp_path / 'c', planned, diverged_epoch=1, diverged_step=64)
     made.engine.slots = []  # nothing can begin
     made.run(campaign.Stop())
-    assert [row.name for row in made.rows] == [row.name, 'preresnet20_nl_original_k3.cifar10.short.lr0.01.seed0']
-    assert after_divergence(made.rows[1]) is None and after_divergence(Row(Run('preresnet20'))) is None
-    assert made.rows[1].run.recipe == replace(SHORT, lr=SHORT.lr / 10)
+    assert [each.name for each in made.planned] == [
+        planned.name, 'preresnet20_nl_original_k3.cifar10.short.lr0.01.seed0']
+    assert after_divergence(made.planned[1]) is None and after_divergence(PlannedRun(Run('preresnet20'))) is None
+    assert made.planned[1].run.recipe == replace(SHORT, lr=SHORT.lr / 10)
 
 
-def test_options_that_do_not_exist_yet_are_not_begun(plan):
-    made = plan('preresnet20_nl_proposed_k5.cifar10.ft.nl-args*')
-    known = {row.name: made.available(row) for row in made.rows}
+def test_options_that_do_not_exist_yet_are_not_begun(campaign_of: Callable[..., Campaign]) -> None:
+    made = campaign_of('preresnet20_nl_proposed_k5.cifar10.ft.nl-args*')
+    known = {planned.name: made.available(planned) for planned in made.planned}
     assert known['preresnet20_nl_proposed_k5.cifar10.ft.nl-args-symmetric-True.seed0']
-    assert not made.available(replace(made.rows[0], run=replace(made.rows[0].run, model_kwargs=("nl_args={'x': 1}",))))
+    unknown = replace(made.planned[0].run, model_kwargs=("nl_args={'x': 1}",))
+    assert not made.available(replace(made.planned[0], run=unknown))
 
 
 # Coming home
 
 @pytest.fixture
-def homecoming(tmp_path, monkeypatch):
+def homecoming(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Callable[..., Path], Callable[..., int]]:
     """Lands runs that nobody made, whose commit counts as known."""
     monkeypatch.setattr(land, 'in_history', lambda commit: commit == 'known')
 
-    def make(folder: str, run: Run, error: float, **more) -> Path:
+    def make(folder: str, run: Run, error: float, **more: Any) -> Path:
         place = tmp_path / folder / run.name
         place.mkdir(parents=True)
         run_dir.save_model(place, run, run.build().state_dict())
-        record = fake(run, error, **{'sha256': sha256_of_file(place / run_dir.MODEL), 'commit': 'known', **more})
+        record = fake(run, error, **{'sha256': sha256(place / run_dir.MODEL), 'commit': 'known', **more})
         run_dir.write_lines(place / run_dir.RESULTS, [record])
         return place
 
@@ -269,10 +286,11 @@ def landed(folder: Path) -> dict[str, int]:
     """The seed of every weight file."""
     lines = map(json.loads, (folder / 'results.jsonl').read_text().splitlines())
     seeds = {line['sha256']: line['seed'] for line in lines}
-    return {path.stem: seeds[sha256_of_file(path)] for path in sorted((folder / 'weights').glob('*'))}
+    return {path.stem: seeds[sha256(path)] for path in sorted((folder / 'weights').glob('*'))}
 
 
-def test_landing_ships_the_median_of_each_recipe(homecoming, tmp_path, capsys):
+def test_landing_ships_the_median_of_each_recipe(homecoming: tuple[Callable[..., Path], Callable[..., int]],
+                                                 tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also when later runs move it; what diverged or followed no recipe that ships has its line only."""
     make, go = homecoming
     (tmp_path / 'weights').mkdir()
@@ -291,18 +309,21 @@ def test_landing_ships_the_median_of_each_recipe(homecoming, tmp_path, capsys):
     assert go('a', 'b') == 0 and capsys.readouterr().out == 'nothing new\n'
 
 
-def test_what_does_not_land_changes_nothing(homecoming, tmp_path, capsys):
+def test_what_does_not_land_changes_nothing(homecoming: tuple[Callable[..., Path], Callable[..., int]], tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
     make, go = homecoming
     (tmp_path / 'weights').mkdir()
     make('good', Run('preresnet20'), 8.0)
     make('part', Run('preresnet20', limit=512), 8.0)
     make('unknown', Run('preresnet20', seed=1), 8.0, commit='abc')
+    make('untold', Run('preresnet20', seed=4), 8.0, commit=None)
     make('dirty', Run('preresnet20', seed=2), 8.0, commit='known-dirty')
     broken = make('broken', Run('preresnet20', seed=3), 8.0)
     (broken / run_dir.MODEL).write_bytes(b'')
     (tmp_path / 'empty').mkdir()
     for folder, message in (('part', 'was trained on the first 512 images only'), ('unknown', 'not in the history'),
-                            ('dirty', 'not in the history'), ('broken', 'is missing, or not what'),
+                            ('dirty', 'not in the history'), ('untold', 'was made by an unknown commit: run it from'),
+                            ('broken', 'is missing, or not what'),
                             ('empty', 'holds no finished run')):
         assert go('good', folder) == 2
         line, = capsys.readouterr().err.splitlines()
@@ -310,7 +331,7 @@ def test_what_does_not_land_changes_nothing(homecoming, tmp_path, capsys):
         assert not (tmp_path / 'results.jsonl').exists() and not list((tmp_path / 'weights').iterdir())
 
 
-def test_the_history_is_gits():
+def test_the_history_is_gits() -> None:
     head = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, text=True)
     if head.returncode:
         pytest.skip('this is a copy of the tree without its history')

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')
-def finished(small_cifar, tmp_path_factory) -> Path:
+def finished(small_cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of two epochs, four steps each (the last of 24 images)."""
     from torchvision.datasets import CIFAR10
     folder = tmp_path_factory.mktemp('run') / 'a'
@@ -39,7 +41,7 @@ def finished(small_cifar, tmp_path_factory) -> Path:
     return folder
 
 
-def test_what_a_run_leaves(finished):
+def test_what_a_run_leaves(finished: Path) -> None:
     record = result(finished)
     assert record['architecture'] == MODEL and record['dataset'] == 'cifar10' and record['seed'] == 0
     assert record['recipe']['milestones'] == [1] and record['versions']['torch'] == torch.__version__
@@ -59,14 +61,15 @@ def test_what_a_run_leaves(finished):
         'config.json', 'curve.csv', 'model.safetensors', 'results.jsonl', 'spectra.jsonl', 'state.safetensors']
 
 
-def test_timm_loads_it(finished):
-    model = timm.create_model(f'local-dir:{finished}', pretrained=True)
+def test_timm_loads_it(finished: Path) -> None:
+    model: Any = timm.create_model(f'local-dir:{finished}', pretrained=True)
     assert type(model.layer1.nl.affinity).__name__ == 'Uniform'
     weights = load_file(finished / 'model.safetensors')
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
-def test_plain_lines_without_a_terminal(small_cifar_here, tmp_path, capsys):
+def test_plain_lines_without_a_terminal(small_cifar_here: Path, tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert train(small_cifar_here, tmp_path / 'b') == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
@@ -75,20 +78,21 @@ def test_plain_lines_without_a_terminal(small_cifar_here, tmp_path, capsys):
     assert lines[3].startswith('final error') and '\r' not in out + err
 
 
-def test_accelerate_launch(small_cifar, finished, tmp_path):
+def test_accelerate_launch(small_cifar: Path, finished: Path, tmp_path: Path) -> None:
     launched = run('-m', 'accelerate.commands.launch', '-q', SCRIPT, *COMMON, '--data-dir', str(small_cifar),
                    '--output-dir', str(tmp_path / 'c'), data=small_cifar)
     assert launched.returncode == 0, launched.stderr
     assert same_course(tmp_path / 'c', finished)
 
 
-def on_two_processes(data: Path, folder: Path, *more: str) -> subprocess.CompletedProcess:
+def on_two_processes(data: Path, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """`accelerate launch --cpu --num_processes 2` starts one process only, torch's own launcher starts two."""
     return run('-m', 'torch.distributed.run', '--nproc_per_node', '2', '--rdzv_backend', 'c10d', '--rdzv_endpoint',
                'localhost:0', SCRIPT, *COMMON, '--data-dir', str(data), '--output-dir', str(folder), *more, data=data)
 
 
-def test_two_processes_follow_the_same_plan(small_cifar, small_cifar_here, tmp_path, capsys):
+def test_two_processes_follow_the_same_plan(small_cifar: Path, small_cifar_here: Path, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
     """Data parallelism over two CPU processes: same steps and images; BN sees half batches, so weights differ.
 
     The reported error is that of the saved weights, which have one process's running statistics.
@@ -105,7 +109,8 @@ def test_two_processes_follow_the_same_plan(small_cifar, small_cifar_here, tmp_p
     assert ' equal' in capsys.readouterr().out
 
 
-def test_several_seeds_side_by_side(small_cifar_here, small_cifar, finished, tmp_path, capsys):
+def test_several_seeds_side_by_side(small_cifar_here: Path, small_cifar: Path, finished: Path, tmp_path: Path,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     """A pool gives what each seed gives alone, to the last bit, also when cut; two processes deal the seeds out."""
     pooled, cut = tmp_path / 'pooled', tmp_path / 'cut'
     assert train(small_cifar_here, pooled, '--seeds', '0', '3', '--spectrum-epochs', '2') == 0
@@ -130,15 +135,15 @@ def test_several_seeds_side_by_side(small_cifar_here, small_cifar, finished, tmp
     assert same_course(tmp_path / 'dealt' / 'seed3', pooled / 'seed3')
 
 
-def start(data: Path, folder: Path, *more: str) -> subprocess.Popen:
+def start(data: Path, folder: Path, *more: str) -> subprocess.Popen[str]:
     env = {**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{data}', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONUNBUFFERED': '1'}
     command = [sys.executable, SCRIPT, *COMMON, '--data-dir', str(data), '--output-dir', str(folder), *more]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_saves(path: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_saves(path: Path, count: int, process: subprocess.Popen[str]) -> None:
     """Until the file has been seen in `count` versions."""
-    deadline, seen = time.monotonic() + 120, set()
+    deadline, seen = time.monotonic() + 120, set[int]()
     while len(seen) < count:
         if path.exists():
             seen.add(path.stat().st_mtime_ns)
@@ -146,7 +151,8 @@ def wait_for_saves(path: Path, count: int, process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
-def test_killed_and_resumed_gives_the_same_bits(small_cifar, small_cifar_here, finished, tmp_path):
+def test_killed_and_resumed_gives_the_same_bits(small_cifar: Path, small_cifar_here: Path, finished: Path,
+                                                tmp_path: Path) -> None:
     """kill -9 at an arbitrary moment, saving included (every step saves), then --resume auto to the end."""
     folder = tmp_path / 'e'
     process = start(small_cifar, folder, '--save-seconds', '0')
@@ -159,7 +165,8 @@ def test_killed_and_resumed_gives_the_same_bits(small_cifar, small_cifar_here, f
     assert same_course(folder, finished)
 
 
-def test_ctrl_c_stops_cleanly_and_resumes(small_cifar, small_cifar_here, finished, tmp_path):
+def test_ctrl_c_stops_cleanly_and_resumes(small_cifar: Path, small_cifar_here: Path, finished: Path,
+                                          tmp_path: Path) -> None:
     folder = tmp_path / 'f'
     process = start(small_cifar, folder, '--save-seconds', '0')
     wait_for_saves(folder / 'state.safetensors', 1, process)
@@ -171,12 +178,13 @@ def test_ctrl_c_stops_cleanly_and_resumes(small_cifar, small_cifar_here, finishe
 
 
 @pytest.mark.parametrize('step', [1, 4, 6])
-def test_cut_after_any_step_and_resumed_gives_the_same_bits(small_cifar_here, finished, tmp_path, monkeypatch, step):
+def test_cut_after_any_step_and_resumed_gives_the_same_bits(small_cifar_here: Path, finished: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """SIGTERM in the first epoch, after its last step, and in the second one; from then on the signal is Python's."""
     from train.engine.step import Learner
-    original, steps = Learner.step, []
+    original, steps = Learner.step, list[int]()
 
-    def counted(learner, size):
+    def counted(learner: Learner, size: int) -> None:
         original(learner, size)
         steps.append(size)
         if len(steps) == step:
@@ -191,7 +199,8 @@ def test_cut_after_any_step_and_resumed_gives_the_same_bits(small_cifar_here, fi
     assert same_course(tmp_path / 'g', finished)
 
 
-def test_a_damaged_state_is_noticed_and_the_one_before_it_used(small_cifar_here, finished, tmp_path, capsys):
+def test_a_damaged_state_is_noticed_and_the_one_before_it_used(small_cifar_here: Path, finished: Path, tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / 'h'
     assert train(small_cifar_here, folder, '--save-seconds', '0', '--max-minutes', '1e-9') == 124
     assert train(small_cifar_here, folder, '--save-seconds', '0', '--max-minutes', '1e-9', *RESUME) == 124
@@ -207,7 +216,8 @@ def test_a_damaged_state_is_noticed_and_the_one_before_it_used(small_cifar_here,
     assert same_course(folder, finished)
 
 
-def test_a_run_that_diverges_says_so_and_ends(small_cifar_here, tmp_path, capsys):
+def test_a_run_that_diverges_says_so_and_ends(small_cifar_here: Path, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     assert train(small_cifar_here, tmp_path / 'i', '--lr', '1e9', '--epochs', '9') == 0
     record = result(tmp_path / 'i')
     assert record['diverged_epoch'] == len(record['train_loss']) < 9 and record['train_loss'][-1] is None
@@ -215,7 +225,7 @@ def test_a_run_that_diverges_says_so_and_ends(small_cifar_here, tmp_path, capsys
     assert f'diverged: the training loss of epoch {record["diverged_epoch"]} is not finite' in capsys.readouterr().out
 
 
-def test_trackers_get_every_epoch(small_cifar_here, finished, tmp_path):
+def test_trackers_get_every_epoch(small_cifar_here: Path, finished: Path, tmp_path: Path) -> None:
     reading = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     assert train(small_cifar_here, tmp_path / 'j', '--log-with', 'tensorboard') == 0
     events = reading.EventAccumulator(str(tmp_path / 'j' / 'timm_nonlocal'))
@@ -226,9 +236,9 @@ def test_trackers_get_every_epoch(small_cifar_here, finished, tmp_path):
 
 
 @pytest.fixture
-def fails(capsys, tmp_path):
+def fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., None]:
     """Runs the command with more arguments: one line with the message, exit code 2, and no folder made for it."""
-    def check(message: str, data: Path, *more: str, folder: Path = tmp_path / 'new'):
+    def check(message: str, data: Path, *more: str, folder: Path = tmp_path / 'new') -> None:
         before = folder.exists()
         assert train(data, folder, *more) == 2
         out, err = capsys.readouterr()
@@ -237,7 +247,8 @@ def fails(capsys, tmp_path):
     return check
 
 
-def test_a_folder_with_a_run_is_not_overwritten(small_cifar_here, finished, fails, capsys):
+def test_a_folder_with_a_run_is_not_overwritten(small_cifar_here: Path, finished: Path, fails: Callable[..., None],
+                                                capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in finished.iterdir()}
     fails('already holds a run: continue it with --resume auto', small_cifar_here, folder=finished)
     fails('holds another run (its seed is 0, not 1)', small_cifar_here, *RESUME, '--seed', '1', folder=finished)
@@ -248,26 +259,29 @@ def test_a_folder_with_a_run_is_not_overwritten(small_cifar_here, finished, fail
     assert before == {path: path.read_bytes() for path in finished.iterdir()}
 
 
-def test_a_truncated_state_is_noticed(small_cifar_here, finished, tmp_path, fails):
+def test_a_truncated_state_is_noticed(small_cifar_here: Path, finished: Path, tmp_path: Path,
+                                      fails: Callable[..., None]) -> None:
     (tmp_path / 'state.safetensors').write_bytes((finished / 'state.safetensors').read_bytes()[:-1])
     fails('cannot be resumed from', small_cifar_here, *RESUME, folder=tmp_path)
 
 
-def test_a_state_of_other_images_is_refused(small_cifar_here, finished, tmp_path, fails, monkeypatch):
+def test_a_state_of_other_images_is_refused(small_cifar_here: Path, finished: Path, tmp_path: Path,
+                                            fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(finished / 'state.safetensors', tmp_path)
     from train import cifar
     load = cifar.load
-    monkeypatch.setattr(cifar, 'load', lambda *args: load(*args[:3], 64))
+    monkeypatch.setattr(cifar, 'load', lambda *args, **options: load(*args, **{**options, 'limit': 64}))
     fails('was trained on 120 images and tested on 20, not 64 and 20: check --data-dir', small_cifar_here, *RESUME,
           folder=tmp_path)
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(small_cifar_here, finished, tmp_path, capsys):
+def test_a_full_disk_costs_nothing_that_was_saved(small_cifar_here: Path, finished: Path, tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     """What the save writes goes to a device that is always full, as a disk does that has no block left."""
     folder = tmp_path / 'full'
     assert train(small_cifar_here, folder, '--save-seconds', '0', '--max-minutes', '1e-9') == 124
     before = (folder / 'state.safetensors').read_bytes()
-    beside = folder / f'state.safetensors.{os.getpid()}.part'
+    beside = folder / f'.{os.getpid()}.state.safetensors'
     beside.symlink_to('/dev/full')
     capsys.readouterr()
     assert train(small_cifar_here, folder, *RESUME, '--save-seconds', '0') == 2
@@ -278,7 +292,21 @@ def test_a_full_disk_costs_nothing_that_was_saved(small_cifar_here, finished, tm
     assert same_weights(folder, finished)
 
 
-def test_unknown_model_names_near_ones(small_cifar_here, fails):
+def test_two_processes_never_train_in_one_folder(small_cifar: Path, small_cifar_here: Path, tmp_path: Path,
+                                                 fails: Callable[..., None]) -> None:
+    pytest.importorskip('fcntl')
+    folder = tmp_path / 'locked'
+    process = start(small_cifar, folder, '--save-seconds', '0', '--epochs', '2000')
+    wait_for_saves(folder / 'state.safetensors', 1, process)
+    fails(f'{folder} is in use by another process', small_cifar_here, *RESUME, '--epochs', '2000', folder=folder)
+    process.kill()  # the lock goes with the process, whatever it leaves
+    process.communicate()
+    assert (folder / '.lock').exists()
+    assert train(small_cifar_here, folder, *RESUME, '--epochs', '2000', '--max-minutes', '1e-9') == 124
+    assert not (folder / '.lock').exists()
+
+
+def test_unknown_model_names_near_ones(small_cifar_here: Path, fails: Callable[..., None]) -> None:
     fails('Did you mean preresnet20_nl_proposed_k2', small_cifar_here, '--model', 'preresnet20_nl_proposd_k2')
     fails('Did you mean preresnet20_nl_', small_cifar_here, '--model', 'preresnet20_nl_proposed_k0')
 
@@ -289,7 +317,7 @@ def test_unknown_model_names_near_ones(small_cifar_here, fails):
     (('--seeds', '1', '1'), '--seeds 1 1: each only once'),
     (('--epochs', '0'), 'all must be at least 1'),
 ])
-def test_bad_arguments(capsys, arguments, message):
+def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*COMMON, *arguments])
     err = capsys.readouterr().err
@@ -302,15 +330,15 @@ def test_bad_arguments(capsys, arguments, message):
     ('nonsense=1', "unexpected keyword argument 'nonsense'"),
     ('nl_k', 'write KEY=VALUE'),
 ])
-def test_bad_model_arguments(small_cifar_here, fails, kwargs, message):
+def test_bad_model_arguments(small_cifar_here: Path, fails: Callable[..., None], kwargs: str, message: str) -> None:
     fails(message, small_cifar_here, '--model-kwargs', kwargs)
 
 
-def test_sync_bn_needs_gpus(small_cifar_here, fails):
+def test_sync_bn_needs_gpus(small_cifar_here: Path, fails: Callable[..., None]) -> None:
     fails('--sync-bn is for one seed on several GPUs', small_cifar_here, '--sync-bn')
 
 
-def test_missing_and_damaged_data(small_cifar_here, tmp_path, fails):
+def test_missing_and_damaged_data(small_cifar_here: Path, tmp_path: Path, fails: Callable[..., None]) -> None:
     fails('cifar-10-batches-py is missing: add --download', tmp_path)
     damaged = tmp_path / 'cifar-10-batches-py'
     shutil.copytree(small_cifar_here / 'cifar-10-batches-py', damaged)
@@ -322,5 +350,5 @@ def test_missing_and_damaged_data(small_cifar_here, tmp_path, fails):
     fails('is incomplete or damaged', tmp_path)
 
 
-def test_batch_too_small_for_the_processes(small_cifar_here, fails):
+def test_batch_too_small_for_the_processes(small_cifar_here: Path, fails: Callable[..., None]) -> None:
     fails('the last batch of an epoch has 1 images', small_cifar_here, '--limit', '33')

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +16,14 @@ from timm_nonlocal.datasets import DataError
 from train.engine.data import PAD, Images, batch, epoch_plan, frame, load, whole_plan
 
 
-def small(count=40, height=32, width=32):
+def small(count: int = 40, height: int = 32, width: int = 32) -> tuple[torch.Tensor, torch.Tensor, Images]:
     pixels = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8)
     mean = pixels.double().mean(0).div(255).float()
     return pixels, mean, Images(frame(pixels), torch.randint(0, 10, (count,)), frame(mean), 10)
 
 
 @pytest.mark.parametrize('size', [(32, 32), (6, 9)])
-def test_batch_equals_a_reference_loop_bit_for_bit(size):
+def test_batch_equals_a_reference_loop_bit_for_bit(size: tuple[int, int]) -> None:
     pixels, mean, images = small(40, *size)
     plan = epoch_plan(40, seed=3, epoch=5)
     x, y = batch(images, plan)
@@ -36,14 +37,14 @@ def test_batch_equals_a_reference_loop_bit_for_bit(size):
         assert y[n] == images.labels[index]
 
 
-def test_whole_plan_is_the_plain_image():
+def test_whole_plan_is_the_plain_image() -> None:
     pixels, mean, images = small()
     x, y = batch(images, whole_plan(40))
     assert torch.equal(x.permute(0, 2, 3, 1), pixels.float() / 255 - mean)
     assert torch.equal(y, images.labels)
 
 
-def test_the_plan_is_a_function_of_seed_and_epoch():
+def test_the_plan_is_a_function_of_seed_and_epoch() -> None:
     plan = epoch_plan(1000, 1, 2)
     assert plan.dtype == torch.int32 and torch.equal(plan, epoch_plan(1000, 1, 2))
     assert torch.equal(plan[0].sort().values, torch.arange(1000, dtype=torch.int32))
@@ -54,7 +55,7 @@ def test_the_plan_is_a_function_of_seed_and_epoch():
         assert len(counts) == values and counts.min() > 0.6 * 1000 / values
 
 
-def test_load(small_cifar_here):
+def test_load(small_cifar_here: Path) -> None:
     train, test = load('cifar10', small_cifar_here)
     assert (len(train), len(test), train.num_classes) == (120, 20, 10)
     assert train.pixels.shape == (120, 40, 40, 3) and test.pixels.shape == (20, 40, 40, 3)
@@ -64,7 +65,7 @@ def test_load(small_cifar_here):
     assert (len(train), len(test)) == (7, 7)
 
 
-def test_labels_for_other_images_are_refused(tmp_path, monkeypatch):
+def test_labels_for_other_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that are what their sums say, but do not fit each other."""
     make_cifar10(tmp_path)
     batch = tmp_path / 'cifar-10-batches-py' / 'data_batch_2'
@@ -80,7 +81,7 @@ def test_labels_for_other_images_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.cifar
-def test_published_channel_means(cifar_dir):
+def test_published_channel_means(cifar_dir: str) -> None:
     published = {'cifar10': (.49139968, .48215841, .44653091), 'cifar100': (.50707516, .48654887, .44091784)}
     for name, means in published.items():
         train, test = load(name, cifar_dir)

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -24,7 +27,7 @@ MODEL = 'preresnet20'
 
 
 @pytest.fixture(scope='module')
-def once(small_cifar, tmp_path_factory):
+def once(small_cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A briefly trained network."""
     folder = tmp_path_factory.mktemp('once') / 'run'
     with pytest.MonkeyPatch.context() as patch:
@@ -36,14 +39,14 @@ def once(small_cifar, tmp_path_factory):
 
 
 @pytest.fixture
-def trained(once, tmp_path):
+def trained(once: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return shutil.copytree(once, tmp_path / 'run')
 
 
 @pytest.fixture
-def call(small_cifar_here, capsys):
-    def call(*targets, results='none'):
+def call(small_cifar_here: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    def call(*targets: Path | str, results: Path | str = 'none') -> tuple[int, list[dict[str, Any]], str]:
         capsys.readouterr()
         code = main([*map(str, targets), '--data-dir', str(small_cifar_here), '--results', str(results), '--json'])
         out, err = capsys.readouterr()
@@ -51,7 +54,9 @@ def call(small_cifar_here, capsys):
     return call
 
 
-def test_every_kind_of_target_gives_the_recorded_error(trained, call, tmp_path, monkeypatch, small_cifar_here, capsys):
+def test_every_kind_of_target_gives_the_recorded_error(trained: Path, call: Callable[..., Any], tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch, small_cifar_here: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
     record = result(trained)
     named = tmp_path / f'{MODEL}.cifar10.safetensors'
     named.write_bytes((trained / 'model.safetensors').read_bytes())
@@ -69,7 +74,7 @@ def test_every_kind_of_target_gives_the_recorded_error(trained, call, tmp_path, 
     assert header.split()[:2] == ['target', 'data'] and line.endswith(f'{record["final_wrong"]} equal')
 
 
-def test_other_weights_than_recorded_are_noticed(trained, call):
+def test_other_weights_than_recorded_are_noticed(trained: Path, call: Callable[..., Any]) -> None:
     line = result(trained)
     (trained / 'results.jsonl').write_text(json.dumps({**line, 'final_wrong': line['final_wrong'] + 3}) + '\n')
     code, (row,), _ = call(trained)
@@ -81,9 +86,9 @@ def test_other_weights_than_recorded_are_noticed(trained, call):
     assert code == 0 and 'equal' not in row, 'no line is about these weights'
 
 
-def test_timms_preprocessing_is_what_timm_does(trained, small_cifar_here):
+def test_timms_preprocessing_is_what_timm_does(trained: Path, small_cifar_here: Path) -> None:
     """The second error is that of timm's own transform, image by image."""
-    model = timm.create_model(f'local-dir:{trained}', pretrained=True).eval()
+    model: Any = timm.create_model(f'local-dir:{trained}', pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
     images = load('cifar10', small_cifar_here)[1]
     x = torch.stack([transform(image) for image, _ in CIFAR10(small_cifar_here, train=False)])
@@ -94,7 +99,7 @@ def test_timms_preprocessing_is_what_timm_does(trained, small_cifar_here):
     assert evaluate(model, images)['error_timm'] == 100 * wrong / 20
 
 
-def test_the_count_does_not_depend_on_parts_or_layout(monkeypatch):
+def test_the_count_does_not_depend_on_parts_or_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of one image at a time, of all at once and in another memory layout agree to less than a tie's width."""
     model, images = timm.create_model('preresnet56_nl_proposed_k5', num_classes=10).eval(), random_images(130, 16)
     columns = whole_plan(130)
@@ -108,8 +113,8 @@ def test_the_count_does_not_depend_on_parts_or_layout(monkeypatch):
         parts.argmax(1) != images.labels).sum()
 
 
-def test_ties_are_counted():
-    model = timm.create_model('preresnet20').eval()
+def test_ties_are_counted() -> None:
+    model: Any = timm.create_model('preresnet20').eval()
     with torch.no_grad():
         model.fc.weight.zero_()
         model.fc.bias.copy_(torch.tensor([1.0, 1.0 + 1e-6, *[0.0] * 8]))
@@ -119,7 +124,7 @@ def test_ties_are_counted():
     assert evaluate(model, random_images(30, 32))['ties'] == 0
 
 
-def test_bad_targets(call, tmp_path, trained):
+def test_bad_targets(call: Callable[..., Any], tmp_path: Path, trained: Path) -> None:
     (tmp_path / 'preresnet20.cifar10.safetensors').write_bytes((trained / 'model.safetensors').read_bytes()[:-1])
     (tmp_path / 'nonsense.safetensors').write_bytes((trained / 'model.safetensors').read_bytes())
     (tmp_path / 'preresnet56.safetensors').write_bytes((trained / 'model.safetensors').read_bytes())
@@ -137,7 +142,7 @@ def test_bad_targets(call, tmp_path, trained):
     assert code == 3 and len(rows) == 1, 'the others are evaluated'
 
 
-def test_bad_data_and_results(trained, tmp_path, capsys):
+def test_bad_data_and_results(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(trained), '--data-dir', str(tmp_path)]) == 2
     assert 'is missing: add --download' in capsys.readouterr().err
     (tmp_path / 'results.jsonl').write_text('nonsense\n')
@@ -146,7 +151,7 @@ def test_bad_data_and_results(trained, tmp_path, capsys):
 
 
 @pytest.mark.cifar
-def test_timms_own_pipeline_finds_the_recorded_error_of_fine_tuned_weights(cifar_dir):
+def test_timms_own_pipeline_finds_the_recorded_error_of_fine_tuned_weights(cifar_dir: str) -> None:
     """To the last picture, by timm's data set, loader and default config."""
     from timm.data import create_dataset, create_loader, resolve_data_config
     records = read_results(ROOT / 'hub' / 'results.jsonl')

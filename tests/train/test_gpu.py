@@ -1,6 +1,10 @@
 """What only a GPU shows: captured steps against eager ones, pools against learners alone, cuts, and no waiting."""
 
 import gc
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from tests.support.training import COMMON, random_images, result, same_course, s
 from timm_nonlocal.recipes import Recipe
 from train import cifar
 from train.engine.data import whole_plan
-from train.engine.loop import How
+from train.engine.execution import Execution
 from train.engine.pool import Pool
 from train.engine.step import Learner, autocast, compiled_loss, count_wrong, logits_of, loss_of
 from train.evaluate import ROUNDING, evaluate
@@ -21,19 +25,19 @@ NETS = ['preresnet20', 'preresnet20_nl_proposed_k5', 'preresnet20_nl_original_k2
 
 
 @pytest.fixture(autouse=True)
-def deterministic():
+def deterministic() -> Iterator[None]:
     """The same kernels every time, so that what differs is what is tested."""
-    How(deterministic=True).prepare(torch.device('cuda'))
+    Execution(deterministic=True).prepare(torch.device('cuda'))
     yield
-    How().prepare(torch.device('cuda'))
+    Execution().prepare(torch.device('cuda'))
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def learners(nets, precision='no', loss=loss_of) -> list[Learner]:
+def learners(nets: list[str], precision: str = 'no', loss: Callable[..., Any] = loss_of) -> list[Learner]:
     """On 600 images, batches of 128 and 88."""
     images, device = random_images(600, 32, 'cuda'), torch.device('cuda')
-    return [Learner(Run(net, seed=seed).build().to(device, memory_format=torch.channels_last), RECIPE, images, seed,
+    return [Learner(Run(net, seed=seed).build().to(device).to(memory_format=torch.channels_last), RECIPE, images, seed,
                     autocast=autocast(device, precision), loss_of=loss) for seed, net in enumerate(nets)]
 
 
@@ -47,21 +51,22 @@ def one_epoch(pool: Pool, epoch: int = 0) -> list[dict[str, torch.Tensor]]:
 
 def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """‖a - b‖ / ‖b‖ over the weights or over their momentum, whichever is larger."""
-    def of(part: str) -> float:
-        names = [f'{part}.{name.removeprefix("momentum.")}' for name in theirs if name.startswith('momentum.')]
+    def of(kind: str) -> float:
+        names = [f'{kind}.{name.removeprefix("momentum.")}' for name in theirs if name.startswith('momentum.')]
         pairs = [(ours[name].double(), theirs[name].double()) for name in names]
-        return (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt().item()
+        apart = sum((a - b).square().sum().item() for a, b in pairs)
+        return math.sqrt(apart / sum(b.square().sum().item() for _, b in pairs))
     return max(of('model'), of('momentum'))
 
 
-def on_gpu(small_cifar_here, folder, *more) -> int:
+def on_gpu(small_cifar_here: Path, folder: Path, *more: str) -> int:
     return cifar.main([*COMMON, '--model-kwargs', '--data-dir', str(small_cifar_here), '--output-dir', str(folder),
                  '--deterministic', *more])
 
 
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
 @pytest.mark.parametrize('net', NETS)
-def test_a_captured_step_is_the_eager_step(net, precision):
+def test_a_captured_step_is_the_eager_step(net: str, precision: str) -> None:
     eager, = one_epoch(Pool.on(torch.device('cuda'), learners([net], precision), graph=False))
     pool = Pool.on(torch.device('cuda'), learners([net], precision))
     assert set(pool.replay) == {128, 88}
@@ -71,7 +76,7 @@ def test_a_captured_step_is_the_eager_step(net, precision):
     assert not torch.equal(captured['model.conv1.weight'], start['model.conv1.weight'])
 
 
-def test_capture_leaves_no_trace():
+def test_capture_leaves_no_trace() -> None:
     members = learners(['preresnet20', 'preresnet20_nl_proposed_k5'])
     before = [{name: tensor.clone() for name, tensor in member.state().items()} for member in members]
     Pool.on(torch.device('cuda'), members)
@@ -81,7 +86,7 @@ def test_capture_leaves_no_trace():
 
 
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
-def test_pooled_is_alone(precision):
+def test_pooled_is_alone(precision: str) -> None:
     """Five nets on five streams of one graph."""
     nets = ['preresnet20', 'preresnet20', 'preresnet20_nl_proposed_k5', 'preresnet20_nl_original_k2', 'preresnet20']
     pooled = one_epoch(Pool.on(torch.device('cuda'), learners(nets, precision)))
@@ -90,7 +95,7 @@ def test_pooled_is_alone(precision):
         assert difference(together, one_epoch(Pool.on(torch.device('cuda'), [alone]))[0]) < 1e-5
 
 
-def test_learning_rates_reach_the_captured_step():
+def test_learning_rates_reach_the_captured_step() -> None:
     pool = Pool.on(torch.device('cuda'), learners(['preresnet20']))
     one_epoch(pool)
     before = pool.learners[0].state()['model.conv1.weight'].clone()
@@ -100,7 +105,7 @@ def test_learning_rates_reach_the_captured_step():
     assert torch.equal(before, pool.learners[0].state()['model.conv1.weight'])
 
 
-def test_pools_one_after_the_other():
+def test_pools_one_after_the_other() -> None:
     """As in a campaign: the graphs of one are gone before those of the next are made."""
     first = one_epoch(Pool.on(torch.device('cuda'), learners(['preresnet20'] * 3)))
     for _ in range(12):  # past the 32 streams that torch hands out in turn
@@ -110,7 +115,7 @@ def test_pools_one_after_the_other():
     assert all(map(same_tensors, first, again))
 
 
-def test_an_epoch_never_waits_for_the_device():
+def test_an_epoch_never_waits_for_the_device() -> None:
     """Plan, steps, learning rate and test are asked for without one synchronisation; only the sums wait."""
     pool = Pool.on(torch.device('cuda'), learners(['preresnet20', 'preresnet20_nl_proposed_k5']))
     columns = whole_plan(600).to('cuda')
@@ -128,14 +133,14 @@ def test_an_epoch_never_waits_for_the_device():
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
 @pytest.mark.parametrize('net', NETS[:2])
-def test_a_compiled_and_captured_step_is_close_to_the_eager_one(net, precision):
+def test_a_compiled_and_captured_step_is_close_to_the_eager_one(net: str, precision: str) -> None:
     eager, = one_epoch(Pool.on(torch.device('cuda'), learners([net], precision), graph=False))
     captured, = one_epoch(Pool.on(torch.device('cuda'), learners([net], precision, compiled_loss())))
     assert difference(captured, eager) < (5e-3 if precision == 'no' else 5e-2)
 
 
 @pytest.mark.parametrize('more', [(), ('--seeds', '0', '1'), ('--no-graph',)], ids=['graph', 'pool', 'eager'])
-def test_cut_and_resumed_gives_the_same_bits(small_cifar_here, tmp_path, more):
+def test_cut_and_resumed_gives_the_same_bits(small_cifar_here: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     folders = [tmp_path / 'whole', tmp_path / 'cut']
     assert on_gpu(small_cifar_here, folders[0], *more) == 0
     assert on_gpu(small_cifar_here, folders[1], *more, '--max-minutes', '1e-9') == 124
@@ -145,7 +150,7 @@ def test_cut_and_resumed_gives_the_same_bits(small_cifar_here, tmp_path, more):
         assert torch.cuda.get_device_name() == result(folders[0] / seed)['device']
 
 
-def test_bf16_trains_as_float32_does(small_cifar_here, tmp_path, monkeypatch):
+def test_bf16_trains_as_float32_does(small_cifar_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The training loss of two epochs agrees to a few per cent."""
     losses = []
     for precision in ('no', 'bf16'):
@@ -158,7 +163,7 @@ def test_bf16_trains_as_float32_does(small_cifar_here, tmp_path, monkeypatch):
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
-def test_the_cpu_counts_the_same_images():
+def test_the_cpu_counts_the_same_images() -> None:
     """The error of a network, to the last image."""
     model, images = learners(['preresnet20_nl_proposed_k5'])[0].bare, random_images(600, 32)
     ours = evaluate(model, images.to('cuda'))

@@ -1,6 +1,8 @@
 """The spectra that a training run keeps on the way."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -13,11 +15,11 @@ ARGUMENTS = ('--model', 'preresnet20_nl_proposed_k2', '--limit', '20', '--epochs
              '--spectrum-epochs', '1', '3')
 
 
-def lines(folder):
+def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / 'spectra.jsonl').read_text().splitlines()]
 
 
-def test_spectra_of_chosen_epochs_also_of_a_run_that_was_cut(small_cifar_here, tmp_path):
+def test_spectra_of_chosen_epochs_also_of_a_run_that_was_cut(small_cifar_here: Path, tmp_path: Path) -> None:
     """Every epoch once, in full in the run's folder, the eigenvalues with six digits in its line of results."""
     assert train(small_cifar_here, tmp_path / 'run', *ARGUMENTS) == 0
     first, last = lines(tmp_path / 'run')

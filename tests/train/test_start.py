@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,6 +16,7 @@ from timm_nonlocal.recipes import FINE_TUNING
 from train.cifar import main, parse, spectrum_epochs, usable_cores
 from train.engine.data import batch, load, whole_plan
 from train.engine.loop import Trainer
+from train.engine.stop import Stop, StopReason
 from train.records.runs import Run, Start
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -21,7 +24,7 @@ MODEL = 'preresnet20_nl_proposed_k2'
 
 
 @pytest.fixture
-def backbone(tmp_path):
+def backbone(tmp_path: Path) -> Path:
     """A file with the weights of a plain preresnet20, its running statistics not those of a new one."""
     torch.manual_seed(5)
     model = timm.create_model('preresnet20')
@@ -30,13 +33,13 @@ def backbone(tmp_path):
     return tmp_path / 'backbone.safetensors'
 
 
-def tune(data, folder, start, *more, model=MODEL):
+def tune(data: Path, folder: Path, start: Path | str, *more: str, model: str = MODEL) -> int:
     return main(['--model', model, '--recipe', 'ft', '--start', str(start), '--batch-size', '32', '--epochs', '2',
                  '--threads', '1', '--data-dir', str(data), '--output-dir', str(folder), *more])
 
 
 @pytest.mark.parametrize('architecture', [MODEL, 'preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k1x3'])
-def test_it_starts_as_the_backbone(backbone, architecture):
+def test_it_starts_as_the_backbone(backbone: Path, architecture: str) -> None:
     run = Run(architecture, recipe=FINE_TUNING, start=Start('backbone', '0'))
     trainer, x = Trainer([run], random_images(128), random_images(4)), torch.randn(2, 3, 32, 32)
     trainer.start_from(load_file(backbone))
@@ -49,14 +52,15 @@ def test_it_starts_as_the_backbone(backbone, architecture):
             assert torch.equal(value, drawn[name] * (0 if name.endswith('.z.weight') else 1)), name
 
 
-def test_cut_and_continued_to_the_same_bits(small_cifar_here, backbone, tmp_path, monkeypatch):
+def test_cut_and_continued_to_the_same_bits(small_cifar_here: Path, backbone: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     assert tune(small_cifar_here, tmp_path / 'whole', backbone) == 0
     record = result(tmp_path / 'whole')
     assert record['start']['name'] == 'backbone.safetensors' and record['recipe_name'] == 'ft'
     assert record['recipe_id'] == 'ft epochs=2 batch_size=32'
     step, steps = Trainer._look_up, []
 
-    def cut(self, stop, *args):
+    def cut(self: Trainer, stop: Stop, *args: Any) -> StopReason:
         steps.append(1)
         stop.signalled = len(steps) == 6  # in the second epoch
         return step(self, stop, *args)
@@ -67,7 +71,8 @@ def test_cut_and_continued_to_the_same_bits(small_cifar_here, backbone, tmp_path
     assert same_course(tmp_path / 'whole', tmp_path / 'cut')
 
 
-def test_other_weights_are_another_run(small_cifar_here, backbone, tmp_path, capsys):
+def test_other_weights_are_another_run(small_cifar_here: Path, backbone: Path, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
     assert tune(small_cifar_here, tmp_path / 'run', backbone) == 0
     other = {name: value + 1 if value.is_floating_point() else value for name, value in load_file(backbone).items()}
     save_file(other, backbone)
@@ -75,30 +80,33 @@ def test_other_weights_are_another_run(small_cifar_here, backbone, tmp_path, cap
     assert 'holds another run (its start is' in capsys.readouterr().err
 
 
-def test_the_same_weights_under_another_name_are_the_same_run(small_cifar_here, backbone, tmp_path):
+def test_the_same_weights_under_another_name_are_the_same_run(small_cifar_here: Path, backbone: Path,
+                                                              tmp_path: Path) -> None:
     assert tune(small_cifar_here, tmp_path / 'run', backbone) == 0
     shutil.copy(backbone, tmp_path / 'copy.safetensors')
     assert tune(small_cifar_here, tmp_path / 'run', tmp_path / 'copy.safetensors', '--resume', 'auto') == 0
     assert Start('a', '1') == Start('b', '1') != Start('a', '2')
 
 
-def test_a_run_is_a_start(small_cifar_here, backbone, tmp_path):
+def test_a_run_is_a_start(small_cifar_here: Path, backbone: Path, tmp_path: Path) -> None:
     assert tune(small_cifar_here, tmp_path / 'plain', backbone, model='preresnet20') == 0
     assert tune(small_cifar_here, tmp_path / 'nonlocal', tmp_path / 'plain') == 0
     assert result(tmp_path / 'nonlocal')['start'] == {'name': 'plain', 'sha256': result(tmp_path / 'plain')['sha256']}
 
 
-def refused(capsys, code):
+def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
     assert code == 2
     line, = capsys.readouterr().err.splitlines()
     return line
 
 
-def test_what_is_no_start(small_cifar_here, backbone, tmp_path, capsys):
+def test_what_is_no_start(small_cifar_here: Path, backbone: Path, tmp_path: Path,
+                          capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / 'run'
     assert 'preresnet20_nl_proposed_k6' in refused(
         capsys, tune(small_cifar_here, folder, 'preresnet20_nl_proposed_k6.cifar100'))
-    assert 'no-such-file' in refused(capsys, tune(small_cifar_here, folder, 'no-such-file'))
+    line = refused(capsys, tune(small_cifar_here, folder, 'no-such-file'))
+    assert 'no-such-file' in line and 'Name a safetensors file, a folder with model.safetensors, or a name with' in line
     (tmp_path / 'empty').mkdir()
     assert 'empty' in refused(capsys, tune(small_cifar_here, folder, tmp_path / 'empty'))
     assert 'does not fit preresnet20_nl_proposed_k2: size mismatch for fc.bias' in refused(
@@ -109,7 +117,7 @@ def test_what_is_no_start(small_cifar_here, backbone, tmp_path, capsys):
     assert not folder.exists()
 
 
-def test_every_field_of_a_recipe_is_an_option():
+def test_every_field_of_a_recipe_is_an_option() -> None:
     given = ['--epochs', '3', '--batch-size', '7', '--lr', '0.2', '--milestones', '1', '2', '--gamma', '0.5',
              '--momentum', '0.8', '--weight-decay', '0.1', '--no-nesterov', '--warmup', '0.25', '--anneal', 'steps',
              '--mean', 'image']
@@ -122,11 +130,11 @@ def test_every_field_of_a_recipe_is_an_option():
 @pytest.mark.parametrize(('options', 'epochs'), [
     ([], [36, 82, 125, 164]), (['--recipe', 'short'], [4, 8, 12, 16]), (['--epochs', '1'], [1]),
     (['--spectrum-epochs'], []), (['--spectrum-epochs', '5'], [5])])
-def test_spectra_are_kept_at_the_fractions_of_figure_2(options, epochs):
+def test_spectra_are_kept_at_the_fractions_of_figure_2(options: list[str], epochs: list[int]) -> None:
     assert spectrum_epochs(parse(options)) == epochs
 
 
-def test_the_test_set_every_few_epochs(small_cifar_here, tmp_path):
+def test_the_test_set_every_few_epochs(small_cifar_here: Path, tmp_path: Path) -> None:
     more = ['--model', MODEL, '--epochs', '5', '--batch-size', '60', '--threads', '1', '--data-dir',
             str(small_cifar_here), '--output-dir', str(tmp_path / 'run'), '--test-every', '2']
     assert main(more) == 0
@@ -136,7 +144,7 @@ def test_the_test_set_every_few_epochs(small_cifar_here, tmp_path):
     assert all(loss is not None for loss in record['train_loss'])
 
 
-def test_the_mean_colour_is_timms_preprocessing(small_cifar_here):
+def test_the_mean_colour_is_timms_preprocessing(small_cifar_here: Path) -> None:
     from timm.data import create_transform, resolve_data_config
     from torchvision.datasets import CIFAR10
     images = load('cifar10', small_cifar_here, mean='colour')[1]
@@ -147,7 +155,7 @@ def test_the_mean_colour_is_timms_preprocessing(small_cifar_here):
     assert torch.equal(ours, torch.stack([x for x, _ in data]))
 
 
-def test_a_run_that_diverges_ends_within_some_steps(small_cifar_here, tmp_path):
+def test_a_run_that_diverges_ends_within_some_steps(small_cifar_here: Path, tmp_path: Path) -> None:
     folder = tmp_path / 'run'
     assert main(['--model', 'preresnet20', '--lr', '1e30', '--epochs', '3', '--batch-size', '2', '--threads', '1',
                  '--data-dir', str(small_cifar_here), '--output-dir', str(folder)]) == 0
@@ -156,7 +164,8 @@ def test_a_run_that_diverges_ends_within_some_steps(small_cifar_here, tmp_path):
     assert record['train_loss'] == [None] and record['final_error'] is not None
 
 
-def test_a_state_of_before_is_continued(small_cifar_here, tmp_path, monkeypatch):
+def test_a_state_of_before_is_continued(small_cifar_here: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """One that lacks the newer fields of a run and a recipe."""
     options = ['--model', 'preresnet20', '--epochs', '2', '--batch-size', '60', '--threads', '1', '--data-dir',
                str(small_cifar_here), '--resume', 'auto', '--output-dir']
@@ -164,7 +173,7 @@ def test_a_state_of_before_is_continued(small_cifar_here, tmp_path, monkeypatch)
     from train.records import state
     saved = state.save
 
-    def older(path, tensors, progress):
+    def older(path: Path, tensors: dict[str, torch.Tensor], progress: Any) -> None:
         progress = json.loads(json.dumps(progress))
         for kept in progress['runs']:
             del kept['run']['start'], kept['run']['test_every']
@@ -177,7 +186,7 @@ def test_a_state_of_before_is_continued(small_cifar_here, tmp_path, monkeypatch)
     monkeypatch.setattr(state, 'save', older)
     step, steps = Trainer._look_up, []
 
-    def cut(self, stop, *args):
+    def cut(self: Trainer, stop: Stop, *args: Any) -> StopReason:
         steps.append(1)
         stop.signalled = len(steps) == 3
         return step(self, stop, *args)
@@ -195,7 +204,7 @@ def test_a_state_of_before_is_continued(small_cifar_here, tmp_path, monkeypatch)
     assert same_course(tmp_path / 'whole', tmp_path / 'cut')
 
 
-def test_threads_follow_the_process(monkeypatch):
+def test_threads_follow_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """OMP_NUM_THREADS and the affinity mask, not the machine."""
     monkeypatch.setattr('os.sched_getaffinity', lambda pid: {0, 3, 5}, raising=False)
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)

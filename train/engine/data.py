@@ -5,12 +5,16 @@ function of the plan's columns. A run can therefore be cut anywhere and continue
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from timm_nonlocal.datasets import DATASETS, mean_image, read_images
+
+__all__ = ['PAD', 'Images', 'batch', 'epoch_plan', 'frame', 'load', 'mean_colour', 'whole_plan']
 
 PAD = 4
 
@@ -35,7 +39,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device) -> 'Images':
+    def to(self, device: torch.device | str) -> 'Images':
         return Images(self.pixels.to(device), self.labels.to(device), self.mean.to(device), self.num_classes)
 
 
@@ -50,7 +54,7 @@ def mean_colour(images: Images, colour: tuple[float, ...]) -> Images:
     return replace(images, mean=inside * torch.tensor(colour, device=images.mean.device))
 
 
-def load(name: str, data_dir: str, download: bool = False, limit: int = 0,
+def load(name: str, data_dir: str | Path, download: bool = False, limit: int = 0,
          mean: str = 'image') -> tuple[Images, Images]:
     """The training and the test split of 'cifar10' or 'cifar100' from the files torchvision keeps in data_dir.
 
@@ -75,7 +79,7 @@ def load(name: str, data_dir: str, download: bool = False, limit: int = 0,
 def epoch_plan(count: int, seed: int, epoch: int) -> Tensor:
     """int32 (4, count): for each image of an epoch its index, the crop's row and column in 0…8, and flip (0 or 1)."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    draw = {'generator': generator, 'dtype': torch.int32}
+    draw: dict[str, Any] = {'generator': generator, 'dtype': torch.int32}
     return torch.stack([
         torch.randperm(count, **draw),
         torch.randint(0, 2 * PAD + 1, (count,), **draw),

@@ -1,12 +1,9 @@
 """The epochs of one run or of several side by side, from any position to the end or to a cut."""
 
-import contextlib
-import ctypes
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,55 +11,19 @@ from torch import Tensor, nn
 
 from timm_nonlocal import spectrum
 from train.engine.data import Images, whole_plan
+from train.engine.execution import Execution
 from train.engine.pool import Pool
 from train.engine.processes import Processes
 from train.engine.progress import Bar
 from train.engine.step import Learner, autocast, compiled_loss, count_wrong, loss_of
-from train.engine.stop import Stop
+from train.engine.stop import Stop, StopReason
 from train.records.runs import Run, describe_result, surroundings
-from train.records.state import RunError
+from train.records.state import Progress, RunError
+
+__all__ = ['Trainer', 'check_same_runs']
 
 ASK = 32  # steps between two agreements of several processes
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-WISHES = ('', '', 'time', 'signal')  # the reasons to stop by how much they count; the second is to save and go on
-
-
-@dataclass(frozen=True)
-class How:
-    """How runs are computed. None of it changes a result beyond rounding.
-
-    Attributes:
-        graph: on a GPU, in one process: capture the step in a CUDA graph.
-        deterministic: on a GPU: the same bits every time, at some cost.
-        sync_bn: batch statistics over all processes that share a run.
-    """
-
-    graph: bool = True
-    deterministic: bool = False
-    sync_bn: bool = False
-
-    def prepare(self, device: torch.device) -> None:
-        """Sets what libraries must know before they are first used."""
-        if device.type == 'cpu':
-            keep_freed_memory()
-        if device.type != 'cuda':
-            return
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # the same bits also with several streams
-        torch.backends.cudnn.benchmark = not self.deterministic
-        torch.backends.cudnn.deterministic = self.deterministic
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep what tensors free for the next ones: fresh pages cost a step on the CPU up to a third of its time.
-
-    Other C libraries are left as they are. Constants of mallopt(3).
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, -1)
+SAVE = 1  # beside the reasons to stop, less than any of them: save and go on
 
 
 class Trainer:
@@ -71,17 +32,19 @@ class Trainer:
     Args:
         runs: one, or several side by side.
         train_set, test_set: on the device to train on.
-        how: how they are computed.
+        execution: how they are computed.
         processes: those that share the run.
-        spectrum_epochs: after these epochs (counted from 1) the spectra of the nonlocal parts are kept.
+        spectrum_epochs: after these epochs (counted from 1) the spectra of the nonlocal modules are kept.
 
     Raises:
         ValueError: the runs do not fit together, or a name or argument in them does not fit.
     """
 
-    def __init__(self, runs: Sequence[Run], train_set: Images, test_set: Images, how: How = How(),
-                 processes: Processes | None = None, spectrum_epochs: Sequence[int] = ()):
-        self.runs, self.train_set, self.test_set, self.how = list(runs), train_set, test_set, how
+    def __init__(self, runs: Sequence[Run], train_set: Images, test_set: Images,
+                 execution: Execution | None = None, processes: Processes | None = None,
+                 spectrum_epochs: Sequence[int] = ()):
+        self.runs, self.train_set, self.test_set = list(runs), train_set, test_set
+        self.execution = execution = execution or Execution()
         self.processes, self.spectrum_epochs = processes or Processes(), set(spectrum_epochs)
         self.epochs, self.batch_size = runs[0].recipe.epochs, runs[0].recipe.batch_size
         self.device = train_set.labels.device
@@ -97,13 +60,14 @@ class Trainer:
         loss = compiled_loss() if runs[0].compile else loss_of
         learners = []
         for run in runs:
-            model = run.build().to(self.device, memory_format=torch.channels_last)
-            learners.append(Learner(self.processes.wrap(model, how.sync_bn), run.recipe, train_set, run.seed, rank,
-                                    world, autocast(self.device, run.mixed_precision), loss))
+            model = run.build().to(self.device).to(memory_format=torch.channels_last)
+            learners.append(Learner(
+                self.processes.wrap(model, execution.sync_bn), run.recipe, train_set, run.seed, rank=rank, world=world,
+                autocast=autocast(self.device, run.mixed_precision), loss_of=loss))
         self.learners = learners
-        self.pool = Pool.on(self.device, learners, graph=how.graph and world == 1)
+        self.pool = Pool.on(self.device, learners, graph=execution.graph and world == 1)
         self.test_columns = whole_plan(len(test_set)).to(self.device)[:, rank::world]
-        self.progress = {
+        self.progress: Progress = {
             'epoch': 0, 'images': 0, 'seconds': 0.0, 'data': [len(train_set), len(test_set)],
             'runs': [{'run': run.to_dict(), 'history': [], 'spectra': []} for run in runs],
         }
@@ -115,6 +79,7 @@ class Trainer:
             ValueError: the weights are not those of the networks' backbone.
         """
         for run, learner in zip(self.runs, self.learners, strict=True):
+            assert run.start, 'the run says what it starts from'
             try:
                 missing, unknown = learner.bare.load_state_dict(weights, strict=False)
             except RuntimeError as error:
@@ -130,7 +95,7 @@ class Trainer:
 
     # What a run continues from
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, Tensor], Progress]:
         """Every tensor that training changes, `<number of the run>.<name>`, and the progress."""
         tensors = {f'{index}.{name}': tensor
                    for index, learner in enumerate(self.learners) for name, tensor in learner.state().items()}
@@ -138,7 +103,7 @@ class Trainer:
             tensors[name] = self.processes.sum(tensors[name].clone())
         return tensors, self.progress
 
-    def restore(self, tensors: dict[str, Tensor], progress: dict[str, Any], source: str) -> None:
+    def restore(self, tensors: dict[str, Tensor], progress: Progress, source: str) -> None:
         """Goes on from a state that was saved.
 
         Raises:
@@ -162,8 +127,9 @@ class Trainer:
 
     # The epochs
 
-    def run(self, stop: Stop, save: Callable[[dict[str, Tensor], dict[str, Any]], None], save_seconds: float = 60.0,
-            bar: Bar | None = None, on_epoch: Callable[[list[dict[str, Any] | None]], None] | None = None) -> str:
+    def run(self, stop: Stop, save: Callable[[dict[str, Tensor], Progress], None], save_seconds: float = 60.0,
+            bar: Bar | None = None,
+            on_epoch: Callable[[list[dict[str, Any] | None]], None] | None = None) -> StopReason:
         """Trains to the end, or to where there is a reason to stop; the state is saved either way.
 
         Args:
@@ -172,7 +138,7 @@ class Trainer:
             on_epoch: takes the new row of every run's history, None for a run that ended earlier.
 
         Returns:
-            The reason why it stopped before the end, in every process the same; '' at the end.
+            The reason why it stopped before the end, in every process the same; NONE at the end.
         """
         progress, count = self.progress, len(self.train_set)
         bar = bar or Bar(0, 0, enabled=False)
@@ -206,7 +172,7 @@ class Trainer:
             if on_epoch:
                 on_epoch(rows)
         self._save()
-        return ''
+        return StopReason.NONE
 
     def _tests(self, epoch: int) -> bool:
         """Whether the test set is looked at after an epoch, counted from 0: the last one that is done always is."""
@@ -223,17 +189,17 @@ class Trainer:
                        for meters in zip(*((learner.loss, learner.wrong) for learner in self.learners), strict=True))
         return f'loss {loss:.3f}, accuracy {100 - 100 * wrong:.1f} %'
 
-    def _look_up(self, stop: Stop, save_seconds: float, epoch_ends: bool) -> str:
+    def _look_up(self, stop: Stop, save_seconds: float, epoch_ends: bool) -> StopReason:
         """Saves where it is time to, and gives the reason to stop."""
         now = time.monotonic()
-        wish = WISHES.index(stop.reason) if stop.reason else int(now - self.saved > save_seconds)
+        wish = stop.reason or SAVE * (now - self.saved > save_seconds)
         if self.processes.world > 1:
             if not (epoch_ends or self.progress['images'] // self.batch_size % ASK == 0):
-                return ''
+                return StopReason.NONE
             wish = self.processes.highest(wish, self.device)
         if wish:
             self._save()
-        return WISHES[wish]
+        return StopReason.NONE if wish == SAVE else StopReason(wish)
 
     def _save(self) -> None:
         self.saved = time.monotonic()
@@ -258,7 +224,7 @@ class Trainer:
             if state['history'] and state['history'][-1]['train_loss'] is None:
                 rows.append(None)
                 continue
-            rows.append({
+            row = {
                 'epoch': epoch + 1, 'step': epoch * steps + -(-train_count // self.batch_size),
                 'lr': run.recipe.lr_at(epoch * steps, steps),
                 'train_loss': loss / train_count if math.isfinite(loss) else None,
@@ -266,8 +232,9 @@ class Trainer:
                 'test_error': 100 * test / test_count if tested else None,
                 'test_wrong': round(test) if tested else None,
                 'images_per_second': images / seconds, 'seconds': seconds,
-            })
-            state['history'].append(rows[-1])
+            }
+            rows.append(row)
+            state['history'].append(row)
             blocks = spectrum(learner.bare) if epoch + 1 in self.spectrum_epochs else []
             if blocks and all(block.eigenvalues is not None for block in blocks):  # None where weights are not finite
                 state['spectra'].append({'epoch': epoch + 1, 'blocks': [block.to_dict() for block in blocks]})
@@ -280,12 +247,12 @@ class Trainer:
         where = surroundings(self.device)
         return [(describe_result(run, state['history'], self.progress['data'], state['spectra'],
                                  seconds=self.progress['seconds'], at_once=len(self.runs),
-                                 **{**asdict(self.how), 'graph': self.pool.graphs is not None}, **where, **more),
+                                 **{**asdict(self.execution), 'graph': self.pool.graphs is not None}, **where, **more),
                  {name: tensor.cpu().contiguous() for name, tensor in learner.bare.state_dict().items()})
                 for run, learner, state in zip(self.runs, self.learners, self.progress['runs'], strict=True)]
 
 
-def check_same_runs(runs: Sequence[Run], progress: dict[str, Any], source: str) -> None:
+def check_same_runs(runs: Sequence[Run], progress: Progress, source: str) -> None:
     """Raises RunError if a saved progress is not that of these runs."""
     saved = [Run.from_dict(state['run']) for state in progress['runs']]
     if len(saved) != len(runs):

@@ -7,10 +7,13 @@ share the device. Nothing else changes: a learner computes in a pool what it com
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from train.engine.step import Learner
+
+__all__ = ['WARM_UP', 'CudaGraphs', 'Pool']
 
 WARM_UP = 3  # steps in front of a capture: libraries choose algorithms and allocate workspaces in the first ones
 AHEAD = 64  # steps after which the host waits for the device to come near, so that a stop or a deadline is seen in time
@@ -74,10 +77,11 @@ class Pool:
         for other in learners[1:]:
             if (len(other.images), other.recipe.batch_size) != (len(first.images), first.recipe.batch_size):
                 raise ValueError('learners of one pool need the same number of images and the same batch size')
-        self.learners, self.graphs, self.replay, self.steps = learners, graphs, {}, 0
+        self.learners, self.graphs, self.steps = learners, graphs, 0
+        self.replay: dict[int, Callable[[], None]] = {}  # by batch size
         self.pace = torch.cuda.Event(blocking=True) if first.plan.is_cuda else None
         if graphs:
-            self._capture()
+            self._capture(graphs)
 
     @classmethod
     def on(cls, device: torch.device, learners: list[Learner], graph: bool = True) -> 'Pool':
@@ -102,21 +106,22 @@ class Pool:
             for learner in self.learners:
                 learner.step(size)
 
-    def _capture(self) -> None:
+    def _capture(self, graphs: CudaGraphs) -> None:
         """One graph for each batch size. Leaves no trace in the learners."""
         before = [{name: tensor.clone() for name, tensor in learner.state().items()} for learner in self.learners]
         cursors = [learner.cursor.clone() for learner in self.learners]
-        with self.graphs.warming_up():
+
+        def side_by_side(size: int) -> None:
+            graphs.side_by_side([partial(learner.step, size) for learner in self.learners])
+
+        with graphs.warming_up():
             for size in self.sizes:
                 for _ in range(WARM_UP):
                     for learner in self.learners:
                         learner.cursor.zero_()
-                    self._side_by_side(size)
+                    side_by_side(size)
         for size in self.sizes:
-            self.replay[size] = self.graphs.capture(lambda size=size: self._side_by_side(size))
+            self.replay[size] = graphs.capture(partial(side_by_side, size))
         for learner, state, cursor in zip(self.learners, before, cursors, strict=True):
             learner.load_state(state)
             learner.cursor.copy_(cursor)
-
-    def _side_by_side(self, size: int) -> None:
-        self.graphs.side_by_side([lambda learner=learner: learner.step(size) for learner in self.learners])

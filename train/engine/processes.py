@@ -6,6 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+__all__ = ['Processes', 'end']
+
 
 class Processes:
     """The processes that share a run. Each takes every `world`-th image of a batch, from its rank on.

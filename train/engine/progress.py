@@ -7,6 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+__all__ = ['Bar']
+
 HEADER = f'{"epoch":>9} {"lr":>8} {"train loss":>10} {"train err %":>11} {"test err %":>10} {"images/s":>9} {"left":>9}'
 
 
@@ -56,5 +58,5 @@ class Bar:
     def __enter__(self) -> 'Bar':
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.close()

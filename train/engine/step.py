@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from timm_nonlocal.recipes import Recipe
 from train.engine.data import Images, batch, epoch_plan
 
+__all__ = ['Learner', 'autocast', 'compiled_loss', 'count_wrong', 'exact_float32', 'logits_of', 'loss_of']
+
 
 def autocast(device: torch.device, mixed_precision: str) -> Callable[[], AbstractContextManager]:
     """Makes the context that forward and loss run in: bfloat16 where mixed_precision is 'bf16', float32 where 'no'."""
@@ -158,12 +160,13 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 def logits_of(model: nn.Module, images: Images, columns: Tensor) -> Tensor:
     """Float32 logits (n, classes) of the images that columns name (int32 (4, n)), with the running statistics.
 
-    The images go through in parts of one size, so that a result does not depend on any batch size chosen elsewhere.
+    The images go through in chunks of one size, so that a result does not depend on any batch size chosen elsewhere.
     """
     training, device = model.training, columns.device
     model.eval()
     with exact_float32(device):
-        logits = [model(batch(images, part)[0]) for part in columns.split(500 if device.type == 'cuda' else 100, dim=1)]
+        logits = [model(batch(images, chunk)[0])
+                  for chunk in columns.split(500 if device.type == 'cuda' else 100, dim=1)]
     model.train(training)
     return torch.cat(logits)
 

@@ -1,7 +1,19 @@
 """When to stop before the end: a signal, or a deadline."""
 
+import enum
 import signal
 import time
+from types import FrameType
+
+__all__ = ['Stop', 'StopReason']
+
+
+class StopReason(enum.IntEnum):
+    """Why training stops. The value is the command's exit code, and the higher one counts more."""
+
+    NONE = 0
+    TIME = 124  # as timeout(1) has it
+    SIGNAL = 130  # as a shell has it after Ctrl-C
 
 
 class Stop:
@@ -21,15 +33,14 @@ class Stop:
         self.limited, self.signalled = max_minutes > 0, False
 
     @property
-    def reason(self) -> str:
-        """'signal', 'time' or ''."""
-        return 'signal' if self.signalled else 'time' if self.seconds_left <= 0 else ''
+    def reason(self) -> StopReason:
+        return StopReason.SIGNAL if self.signalled else StopReason.TIME if self.seconds_left <= 0 else StopReason.NONE
 
     @property
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic() if self.limited else float('inf')
 
-    def _ask(self, number, frame) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -37,6 +48,6 @@ class Stop:
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -6,16 +6,25 @@
     config.json         what timm.create_model("local-dir:DIR", pretrained=True) reads
     results.jsonl       one line about the finished run
     spectra.jsonl       one line an epoch of --spectrum-epochs, `blocks` as the inspect command's JSON has them
+    .lock               while a process trains there
 """
 
+import contextlib
 import csv
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from safetensors.torch import save as to_bytes
 from timm.models import save_for_hf
@@ -24,6 +33,9 @@ from torch import Tensor
 from train.records import state
 from train.records.runs import Run, parse_kwargs
 from train.records.state import RunError, write, writing
+
+__all__ = ['CONFIG', 'CURVE', 'MODEL', 'RESULTS', 'SPECTRA', 'STATE', 'holds_run', 'is_finished', 'locked',
+           'read_results', 'save_curve', 'save_model', 'sha256', 'write_lines']
 
 STATE, CURVE, MODEL, CONFIG, RESULTS, SPECTRA = (
     'state.safetensors', 'curve.csv', 'model.safetensors', 'config.json', 'results.jsonl', 'spectra.jsonl')
@@ -51,7 +63,7 @@ def save_model(folder: Path, run: Run, weights: dict[str, Tensor]) -> None:
     with writing(folder / MODEL), tempfile.TemporaryDirectory() as beside:
         save_for_hf(model, beside, model_args=parse_kwargs(run.model_kwargs), safe_serialization=True)
         for name in (MODEL, CONFIG):
-            write(folder / name, lambda path, name=name: shutil.copyfile(Path(beside) / name, path))
+            write(folder / name, partial(shutil.copyfile, Path(beside) / name))
 
 
 def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -74,6 +86,39 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f'{path} line {number} is not about a run ({type(error).__name__}: {error})') from error
     return records
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes a run's folder and keeps other processes from training in it; one that stays empty goes again.
+
+    Where the system or the file system has no locks nobody is kept from it.
+
+    Raises:
+        RunError: another process trains there, or the folder cannot be made.
+    """
+    if fcntl is None:
+        yield
+        return
+    path, new = folder / '.lock', not folder.exists()
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(path, 'a'))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(file.fileno()).st_nlink == 0  # the other one ended just now and took its file away
+        except OSError as error:  # others than BlockingIOError come from file systems without locks
+            taken = isinstance(error, BlockingIOError)
+        if taken:
+            raise RunError(f'{folder} is in use by another process: wait for it, or name another --output-dir')
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                if new:
+                    folder.rmdir()  # where nothing was saved
 
 
 def holds_run(folder: Path) -> bool:

@@ -23,6 +23,8 @@ from timm_nonlocal.checkpoints.targets import near_names
 from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.recipes import PAPER, RECIPES, Recipe, nearest, recipe_id
 
+__all__ = ['ROOT', 'Run', 'Start', 'describe_result', 'nonlocal_choices', 'parse_kwargs', 'surroundings']
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -82,7 +84,7 @@ class Run:
                       'model_kwargs': tuple(record['model_kwargs'])})
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[object, ...]:
         """What makes two runs the same run, however they were computed."""
         return (self.architecture, self.dataset, self.seed, self.recipe, self.model_kwargs, self.limit,
                 self.mixed_precision, self.start)
@@ -94,9 +96,9 @@ class Run:
         changes = [name] if name != 'paper' else []
         changes += [f'{key}{value}' for key, value in self.recipe.changes(RECIPES[name]).items()]
         changes += [*self.model_kwargs, *([f'limit{self.limit}'] if self.limit else [])]
-        parts = [self.architecture, self.dataset, *changes, *(['fp32'] if self.mixed_precision == 'no' else [])]
-        return '.'.join(re.sub(r'[^A-Za-z0-9.]+', '-', part).strip('-') if index > 1 else part
-                        for index, part in enumerate(parts))
+        changes += ['fp32'] if self.mixed_precision == 'no' else []
+        return '.'.join([self.architecture, self.dataset,
+                         *(re.sub(r'[^A-Za-z0-9.]+', '-', change).strip('-') for change in changes)])
 
     @property
     def name(self) -> str:
@@ -136,26 +138,26 @@ def parse_kwargs(items: Sequence[str]) -> dict[str, Any]:
 
 
 def nonlocal_choices(model: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
-    """What the nonlocal parts of a network were made with, the defaults among it; None for a network without any.
+    """What the nonlocal modules of a network were made with, the defaults among it; None for a network without any.
 
     Args:
         given: the network's `nl_args`.
     """
-    parts = [module for module in model.modules()
-             if isinstance(module, (timm_nonlocal.NonlocalBlocks, timm_nonlocal.NonlocalStage))]
-    if not parts:
+    modules = [module for module in model.modules()
+               if isinstance(module, (timm_nonlocal.NonlocalBlocks, timm_nonlocal.NonlocalStage))]
+    if not modules:
         return None
-    part = parts[0]
-    proposed = isinstance(part, timm_nonlocal.NonlocalStage)
+    first = modules[0]
+    proposed = isinstance(first, timm_nonlocal.NonlocalStage)
     signature = inspect.signature(timm_nonlocal.NonlocalStage if proposed else timm_nonlocal.NonlocalBlock)
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()
                 if name not in ('dim', 'k', 'device', 'dtype')}
-    holder = part if proposed else part.sub_blocks[0]
+    holder: Any = first if proposed else first.sub_blocks[0]  # of the affinity
     return {
-        'kind': 'proposed' if proposed else 'original', 'places': len(parts), 'k': len(part.sub_blocks),
+        'kind': 'proposed' if proposed else 'original', 'places': len(modules), 'k': len(first.sub_blocks),
         **defaults, **given,
         'scale': holder.affinity.scale, 'normalize': holder.affinity.normalize,
-        'inner_dim': part.sub_blocks[0].g.weight.shape[0],
+        'inner_dim': first.sub_blocks[0].get_parameter('g.weight').shape[0],
     }
 
 

@@ -7,19 +7,48 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from timm_nonlocal import files
+
+__all__ = ['Progress', 'RunError', 'RunProgress', 'exists', 'load', 'previous', 'save', 'write', 'writing']
+
 
 class RunError(Exception):
     """A run's files do not hold or take what was asked of them; the message says what would work."""
+
+
+class RunProgress(TypedDict):
+    """What is known of one run so far: `Run.to_dict`, a row an epoch, and the spectra after chosen epochs."""
+
+    run: dict[str, Any]
+    history: list[dict[str, Any]]
+    spectra: list[dict[str, Any]]
+
+
+class Progress(TypedDict):
+    """How far runs side by side are.
+
+    Attributes:
+        epoch: how many are done.
+        images: of the next epoch that are done.
+        seconds: of training, over all parts of a run that was cut.
+        data: how many images there are to train on and to test on.
+        runs: what differs between them.
+    """
+
+    epoch: int
+    images: int
+    seconds: float
+    data: list[int]
+    runs: list[RunProgress]
 
 
 @contextlib.contextmanager
@@ -33,8 +62,8 @@ def writing(path: Path) -> Iterator[None]:
                        f'run the same command again') from error
 
 
-def write(path: Path, fill: Callable[[Path], None], keep: bool = False) -> None:
-    """Lets `fill` write a file beside path, brings it to disk and renames it.
+def write(path: Path, fill: Callable[[Path], object], keep: bool = False) -> None:
+    """`timm_nonlocal.files.write` for a run's files.
 
     Args:
         keep: what was at path stays as `previous(path)`.
@@ -42,19 +71,8 @@ def write(path: Path, fill: Callable[[Path], None], keep: bool = False) -> None:
     Raises:
         RunError: the disk is full, or the file cannot be written for another reason; path is as it was.
     """
-    beside = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fill(beside)
-            with open(beside, 'rb') as file:
-                os.fsync(file.fileno())
-            if keep and path.exists():
-                os.replace(path, previous(path))
-            os.replace(beside, path)
-    finally:
-        with contextlib.suppress(OSError):  # the reason why it could not be written is the better message
-            beside.unlink(missing_ok=True)
+    with writing(path):
+        files.write(path, fill, previous(path) if keep else None)
 
 
 def previous(path: Path) -> Path:
@@ -69,12 +87,12 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def save(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> None:
-    """Saves tensors (of any device) and progress (anything JSON); the last save becomes the one before it.
+def save(path: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
+    """Saves tensors (of any device) and progress; the last save becomes the one before it.
 
     Raises:
         RunError: it cannot be written; the last save is as it was.
@@ -84,7 +102,7 @@ def save(path: Path, tensors: dict[str, Tensor], progress: dict[str, Any]) -> No
     write(path, lambda beside: beside.write_bytes(to_bytes(tensors, metadata)), keep=True)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], Progress]:
     with safe_open(path, 'pt') as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     if metadata['sha256'] != _digest(tensors.items()):
@@ -92,7 +110,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata['progress'])
 
 
-def load(path: Path, tell: Callable[[str], None] = print) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: Path, tell: Callable[[str], None] = print) -> tuple[dict[str, Tensor], Progress]:
     """What `save` saved last, or the time before where that is missing or damaged, which `tell` is told.
 
     Raises:

@@ -11,11 +11,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from train.engine.stop import StopReason
 from train.records.runs import ROOT
+
+__all__ = ['ENGINES', 'Local', 'Ray', 'Task']
 
 LOST = 1  # the exit code of a run that never came back
 
@@ -59,7 +62,7 @@ class Local:
 
 
 class RayTask:
-    def __init__(self, reference):
+    def __init__(self, reference: Any):
         self.reference = reference
 
     def poll(self) -> int | None:
@@ -69,7 +72,7 @@ class RayTask:
         try:
             return ray.get(self.reference)
         except ray.exceptions.TaskCancelledError:
-            return 130
+            return StopReason.SIGNAL
         except ray.exceptions.RayError:
             return LOST
 
@@ -119,4 +122,4 @@ def train_here(words: list[str], log: str, folder: str) -> int:
         return main(words)
 
 
-ENGINES = {'local': Local, 'ray': Ray}
+ENGINES: dict[str, type[Local] | type[Ray]] = {'local': Local, 'ray': Ray}
