@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hub.results import sha256 as sha256_of_file
 from hub.results import to_ship
+from timm_nonlocal.files import sha256 as sha256_of_file
 from train.records import run_dir
 from train.records.run_dir import read_results, write_lines
 from train.records.runs import ROOT, Run

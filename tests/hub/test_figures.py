@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from hub import drawing, figures
-from hub.results import PublishError
-from tests.support.weight_files import Zoo, made_up
+from hub import drawing, figures, spectra
+from hub.results import PublishError, recipe_for
+from tests.support.weight_files import Project, made_up
 from timm_nonlocal import paper
 
 EPOCHS = (36, 82, 125, 164)
@@ -56,8 +56,38 @@ def test_captions_say_what_does_not_agree():
 
 
 def test_a_run_that_diverged_is_said_to_have(everything):
-    everything[3]['train_loss'] = [2.0, math.nan, math.nan]
-    assert 'with 4 it diverged' in figures.captions(figures.collect(everything, []))[3]
+    everything[3] |= {'train_loss': [2.0, None], 'diverged_epoch': 2}
+    drawn = figures.collect(everything, [])
+    curve, spectrum = drawn[3]
+    assert math.isnan(curve.series['preresnet20_nl_original_k4'][-1]), 'its curve is there to see'
+    assert curve.verdict.startswith('not judged: with 4 it diverged') and 'gree' not in curve.verdict
+    assert spectrum.missing == ['weights of preresnet20_nl_original_k4.cifar10'], 'but it stands for nothing'
+    everything.append({**made_run('preresnet20_nl_original_k4', *([top(20)] * 3), top(16, 0.9), loss=1.1), 'seed': 1})
+    drawn = figures.collect(everything, [])
+    assert '. Agrees' in drawn[3][0].verdict and not drawn[3][1].missing, 'a run that did not stands for the network'
+
+
+def test_a_panel_shows_one_recipe(everything):
+    for run in everything[:4]:
+        run['train_loss'] = [3.0, 2.0, 0.4]
+    short = [made_run(run['architecture'], loss=0.2, recipe=recipe_for(run['architecture'], 'short').to_dict())
+             for run in everything[:4]]
+    caption = figures.captions(figures.collect(everything + short, []))[3]
+    assert 'final training loss 0.400, 0.400, 0.400 and 0.400 ' in caption and '(recipe paper)' in caption
+    drawn = figures.collect(everything[:2] + everything[3:] + short, [])[3][0]
+    assert not drawn.missing and 'final training loss 0.200, 0.200, 0.200 and 0.200 ' in drawn.verdict
+    assert drawn.verdict.endswith('(recipe short)')
+
+
+def test_the_nearest_kept_epoch_is_taken_and_named(everything):
+    everything[0]['spectra'][1] = {**everything[0]['spectra'][1], 'epoch': 84}
+    assert '- (b) epoch 82: after epoch 84 of 164: 28 of the top 32' in figures.captions(
+        figures.collect(everything, []))[2]
+    everything[0]['spectra'][1]['epoch'] = 86  # more than 2 % of the run away
+    assert figures.collect(everything, [])[2][1].missing == [
+        'the spectrum after epoch 82 of preresnet20_nl_original_k1.cifar10']
+    everything[0]['spectra'] += [{**everything[0]['spectra'][1], 'epoch': epoch} for epoch in (83, 81)]
+    assert spectra.kept(everything[0], 82).epoch == 81 and spectra.kept(everything[0]).epoch == 164
 
 
 def test_another_recipe_is_said_to_be_one(everything):
@@ -115,10 +145,10 @@ def test_results_that_cannot_be_used(monkeypatch, capsys):
     assert figures.main([]) == 2 and capsys.readouterr().err == 'error: line 3 is not a JSON object\n'
 
 
-def test_the_command_draws_shipped_weights(zoo, tmp_path):
-    """Figure 4 of the zoo's own weights; all else is missing."""
-    picture, other = zoo.root / 'hub/figures/figure4.png', Zoo(tmp_path / 'copy')
-    shutil.copytree(zoo.root, other.root)
+def test_the_command_draws_shipped_weights(project, tmp_path):
+    """Figure 4 of the project's own weights; all else is missing."""
+    picture, other = project.root / 'hub/figures/figure4.png', Project(tmp_path / 'copy')
+    shutil.copytree(project.root, other.root)
     done = other.run('-c', 'import sys; from hub import cards, figures\n'
                            'print(cards.main(["--check"]), figures.main([]))\n'
                            'figures.picture(4).unlink(); print(cards.main(["--check"]))')
@@ -127,10 +157,10 @@ def test_the_command_draws_shipped_weights(zoo, tmp_path):
     assert len(missing) == 11 and not any('Figure 4' in line for line in missing)
     assert drift == 'hub/figures/figure4.png does not show the present data: run python -m hub.figures'
     assert [path.name for path in picture.parent.iterdir()] == [picture.name]
-    card = (zoo.root / 'MODEL_CARD.md').read_text()
+    card = (project.root / 'MODEL_CARD.md').read_text()
     assert 'preresnet20_nl_proposed_k4: epochs 2 in place of 164' in card and '![Figure 4](hub/figures/fig' in card
 
 
-def test_every_panel_names_a_network_of_the_zoo():
+def test_every_panel_names_a_registered_network():
     names = {name for figure in paper.FIGURES for panel in figure.panels for name in panel.architectures}
     assert names == {*(f'preresnet20_nl_original_k{k}' for k in (1, 2, 3, 4)), 'preresnet20_nl_proposed_k4'}

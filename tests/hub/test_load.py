@@ -31,13 +31,13 @@ except Exception as error:
 
 
 @pytest.fixture(scope='module')
-def start(request, zoo):
+def start(request, project):
     """Starts a process that loads what it is asked for. Environment variables are the client's."""
     workers = []
 
     def start(hub, home, *wrapper: str, **more: str) -> Worker:
-        env = zoo.environment(**{**zoo.client(hub, home), **more})
-        workers.append(Worker(SETUP, LOAD, env, zoo.root, request.config.getoption('--loader'), wrapper))
+        env = project.environment(**{**project.client(hub, home), **more})
+        workers.append(Worker(SETUP, LOAD, env, project.root, request.config.getoption('--loader'), wrapper))
         return workers[-1]
 
     yield start
@@ -80,10 +80,10 @@ def test_the_hub_gives_the_network_of_the_package(hub, loader, logits):
         assert loader(HUB_NAME + revision) == logits
 
 
-def test_without_our_import_timm_knows_no_such_model(hub, zoo, tmp_path, request):
+def test_without_our_import_timm_knows_no_such_model(hub, project, tmp_path, request):
     done = subprocess.run(
         [request.config.getoption('--loader'), '-c', f'import timm; timm.create_model({HUB_NAME!r}, pretrained=True)'],
-        env=zoo.environment(**zoo.client(hub, tmp_path)), capture_output=True, text=True)
+        env=project.environment(**project.client(hub, tmp_path)), capture_output=True, text=True)
     assert done.returncode == 1 and 'Unknown model' in done.stderr
 
 
@@ -212,7 +212,7 @@ def test_through_a_mirror(hub, mirror, start, logits, tmp_path):
     assert not hub.requests('GET', '/objects/'), 'the mirror keeps what it has read'
 
 
-def test_transformers_wrapper(hub, zoo, request, tmp_path):
+def test_transformers_wrapper(hub, project, request, tmp_path):
     """After importing our package, transformers loads the published folder as any timm model, with its labels."""
     code = """
 import timm, timm_nonlocal, torch
@@ -229,6 +229,7 @@ AutoImageProcessor.from_pretrained('alice/NAME')
     python = request.config.getoption('--loader')
     if subprocess.run([python, '-c', 'import transformers'], capture_output=True).returncode:
         pytest.skip('transformers is not installed beside the loading Python')
-    done = subprocess.run([python, '-c', code.replace('NAME', NAME)], env=zoo.environment(**zoo.client(hub, tmp_path)),
-                          cwd=zoo.root, capture_output=True, text=True)
+    env = project.environment(**project.client(hub, tmp_path))
+    done = subprocess.run([python, '-c', code.replace('NAME', NAME)], env=env, cwd=project.root, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr

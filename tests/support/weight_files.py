@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from timm_nonlocal import paper
+from hub.results import recipe_for
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORKS = ('preresnet20', 'preresnet20_nl_proposed_k4')
@@ -31,21 +31,21 @@ def made_up(architecture: str = 'preresnet20', dataset: str = 'cifar10', seed: i
             **more) -> dict:
     """A line of results.jsonl that no training wrote."""
     return {'architecture': architecture, 'dataset': dataset, 'seed': seed, 'limit': 0, 'model_kwargs': [],
-            'recipe': paper.recipe(architecture), 'mixed_precision': 'no', 'final_error': error,
+            'recipe': recipe_for(architecture, 'paper').to_dict(), 'mixed_precision': 'no', 'final_error': error,
             'best_error': error - 0.5, 'best_epoch': 150, 'train_loss': [2.0, 0.1], 'train_error': [80.0, 1.0],
             'test_error': [80.0, error], 'sha256': f'{architecture}{dataset}{seed}', **more}
 
 
-class Zoo:
+class Project:
     """The copy; `root` is its top. Its commands run as a user runs them, in processes of their own."""
 
     def __init__(self, root: Path):
         self.root = root
 
     @classmethod
-    def make(cls, root: Path, data: Path) -> 'Zoo':
+    def make(cls, root: Path, data: Path) -> 'Project':
         """Trains, lands the weights and their lines as a campaign does, and draws and writes what is made from them."""
-        zoo, results, weights = cls(root), root / 'hub/results.jsonl', root / 'timm_nonlocal/weights'
+        project, results, weights = cls(root), root / 'hub/results.jsonl', root / 'timm_nonlocal/weights'
         for part in ('timm_nonlocal', 'hub', 'train', 'MODEL_CARD.md'):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, root / part)
@@ -53,14 +53,14 @@ class Zoo:
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
         results.write_text('')
-        zoo.check('-c', TRAIN, str(data), *NETWORKS, PYTHONPATH=f'{root}{os.pathsep}{data}')
+        project.check('-c', TRAIN, str(data), *NETWORKS, PYTHONPATH=f'{root}{os.pathsep}{data}')
         for network in NETWORKS:
             run = root / 'runs' / network
             shutil.copy(run / 'model.safetensors', weights / f'{network}.cifar10.safetensors')
             with open(results, 'a') as file:
                 file.write((run / 'results.jsonl').read_text())
-        zoo.check('-c', 'from hub import cards, figures; figures.main([]); cards.main([])')
-        return zoo
+        project.check('-c', 'from hub import cards, figures; figures.main([]); cards.main([])')
+        return project
 
     def environment(self, **more: str) -> dict[str, str]:
         """This environment without anything of the Hub's in it, with the copy's packages first."""

@@ -14,9 +14,9 @@ import pytest
 import timm
 import torch
 
-from hub.results import sha256 as sha256_of_file
 from tests.support.process import ROOT
 from tests.support.training import result, same_course
+from timm_nonlocal.files import sha256 as sha256_of_file
 from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe, recipe_id
 from train import campaign, land
 from train.campaign import Campaign
