@@ -5,7 +5,9 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -24,18 +26,18 @@ from train.records.runs import Run
 NAME = 'preresnet20_nl_proposed_k2.cifar10'
 
 
-def test_the_readmes_table_is_up_to_date(capsys):
+def test_the_readmes_table_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert models.main(['--check']) == 0, capsys.readouterr().err
 
 
-def macs(model):
+def macs(model: Any) -> Any:
     """Counted on real numbers, attention as its two products; the command counts on the meta device."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
     return counter.get_total_flops() // 2
 
 
-def test_every_model_has_its_row():
+def test_every_model_has_its_row() -> None:
     rows = [line.split(' | ') for line in models.table({}).splitlines()[2:]]
     names = [row[0].strip('| `') for row in rows]
     assert set(names) == {*ARCHITECTURES, *timm.list_models(module='resnet_nl')} and len(names) == len(set(names))
@@ -47,7 +49,7 @@ def test_every_model_has_its_row():
 
 
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path: Path) -> Any:
     """A repository with one weight file and the results line of its run."""
     package_with_weights(tmp_path, NAME)
     (tmp_path / 'hub').mkdir()
@@ -61,7 +63,8 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_errors_come_from_the_results_line_with_the_files_sha256(root, capsys):
+def test_errors_come_from_the_results_line_with_the_files_sha256(
+        root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = root / models.WEIGHTS / 'index.json'
     index.write_text(json.dumps({NAME: {'hf_hub_id': 'someone/it', 'test_error': 99},
                                  'preresnet56.cifar100': {'hf_hub_id': 'someone/other'}}))
@@ -85,7 +88,7 @@ def test_errors_come_from_the_results_line_with_the_files_sha256(root, capsys):
     assert not list(root.glob('**/*.part'))
 
 
-def test_the_command_of_a_run_makes_that_run():
+def test_the_command_of_a_run_makes_that_run() -> None:
     run = Run('preresnet20_nl_original_k4', 'cifar10', 2, replace(PAPER, lr=0.01, milestones=(3, 5)),
               ("nl_args={'scale': 1.0}", 'drop_rate=0.1'), 40, 'bf16')
     words = shlex.split(models.command(run.to_dict()))
@@ -96,7 +99,7 @@ def test_the_command_of_a_run_makes_that_run():
 
 
 @pytest.mark.parametrize('change', ['content', 'name'])
-def test_a_file_that_no_run_accounts_for(root, change, capsys):
+def test_a_file_that_no_run_accounts_for(root: Path, change: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = root / models.WEIGHTS / f'{NAME}.safetensors'
     if change == 'content':
         file.write_bytes(file.read_bytes()[:-4] + b'....')
@@ -111,7 +114,7 @@ def test_a_file_that_no_run_accounts_for(root, change, capsys):
     assert (root / 'README.md').read_bytes() == before
 
 
-def test_a_readme_without_the_markers(root, capsys):
+def test_a_readme_without_the_markers(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / 'README.md').write_text('# Nothing\n')
     assert models.main([], root) == 2
     assert capsys.readouterr().err.startswith(

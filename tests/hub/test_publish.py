@@ -4,6 +4,9 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -18,11 +21,11 @@ NUMBERS = itertools.count(1)
 UPLOADS = r'/commit/|/objects/|info/lfs|preupload'
 
 
-def uploads(log) -> list:
+def uploads(log: Any) -> list:
     return [line for line in log if line.method in ('POST', 'PUT') and re.search(UPLOADS, line.path)]
 
 
-def test_publishes_everything_and_verifies_it(published, project):
+def test_publishes_everything_and_verifies_it(published: Any, project: Project) -> None:
     hub, command, _ = published
     assert (command.returncode, command.stderr) == (0, ''), command
     lines = command.stdout.splitlines()
@@ -38,7 +41,7 @@ def test_publishes_everything_and_verifies_it(published, project):
         assert repository.tags == {f'weights-{files["model.safetensors"].sha256[:12]}': repository.branches['main']}
 
 
-def test_what_is_published_names_no_path_and_no_placeholder(published, project):
+def test_what_is_published_names_no_path_and_no_placeholder(published: Any, project: Project) -> None:
     hub, _, _ = published
     repository = hub.store.repositories[f'alice/{NONLOCAL}']
     files = repository.commits[repository.branches['main']].files
@@ -54,14 +57,14 @@ def test_what_is_published_names_no_path_and_no_placeholder(published, project):
         assert str(project.root).encode() not in blob.data, path
 
 
-def test_verification_read_as_a_stranger_and_inspect_read_ranges(published):
+def test_verification_read_as_a_stranger_and_inspect_read_ranges(published: Any) -> None:
     _, _, log = published
     assert not [line for line in log if line.method in ('GET', 'HEAD') and '/resolve/' in line.path and line.authorized]
     ranges = [line.range for line in log if line.server == 'cdn' and line.method == 'GET' and line.range]
     assert ranges, 'inspect read no range'
 
 
-def test_publishing_again_uploads_nothing(published, project, tmp_path):
+def test_publishing_again_uploads_nothing(published: Any, project: Project, tmp_path: Path) -> None:
     """From a folder that is built anew: what did not change is built to the same bytes."""
     hub, _, _ = published
     hub.reset()
@@ -72,7 +75,7 @@ def test_publishing_again_uploads_nothing(published, project, tmp_path):
     assert uploads(hub.log) == []
 
 
-def test_through_xet(project, tmp_path):
+def test_through_xet(project: Project, tmp_path: Path) -> None:
     if not xet.works():
         pytest.skip('hf_xet has no local storage here')
     with HubDouble(xet=True) as hub:
@@ -87,13 +90,13 @@ def test_through_xet(project, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def hub():
+def hub() -> Iterator[Any]:
     with HubDouble() as hub:
         yield hub
 
 
 @pytest.fixture(scope='module')
-def publisher(hub, project, tmp_path_factory):
+def publisher(hub: HubDouble, project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The command in one process, with folders built once and no verification: what the Hub answers is at test."""
     worker = Worker(UNVERIFIED, PUBLISHER, project.environment(
         **project.client(hub, tmp_path_factory.mktemp('home'), HF_TOKEN='hf_alice')), project.root)
@@ -102,7 +105,7 @@ def publisher(hub, project, tmp_path_factory):
 
 
 @pytest.fixture
-def namespace(hub) -> str:
+def namespace(hub: HubDouble) -> str:
     """One of this test's own, in which alice may write."""
     hub.reset()
     name = f'org{next(NUMBERS)}'
@@ -110,7 +113,7 @@ def namespace(hub) -> str:
     return name
 
 
-def test_no_access_stops_at_once(hub, publisher, namespace):
+def test_no_access_stops_at_once(hub: HubDouble, publisher: Any, namespace: str) -> None:
     for account, message in ((None, 'hf auth login'), (('bob', 'hf_alice'), 'the token may not write there'),
                              (('alice', 'hf_alice', 'read', (namespace,)), 'the token may not write there')):
         hub.store.accounts.clear()
@@ -135,7 +138,8 @@ def test_no_access_stops_at_once(hub, publisher, namespace):
     (dict(method='POST', path='/tag/', status=409, message='Tag reference exists already'), 'tag', 'exists already'),
     (dict(method='GET', path='/refs', status=502), 'tag', '502'),
 ], ids=['500-create', '404', '412', '429', '503', 'cut', 'cut-after', '409', '502-tag'])
-def test_a_failure_says_what_is_missing_and_the_same_command_continues(hub, publisher, namespace, fault, step, message):
+def test_a_failure_says_what_is_missing_and_the_same_command_continues(
+        hub: HubDouble, publisher: Any, namespace: str, fault: Any, step: str, message: str) -> None:
     hub.fail(**fault)
     code, said = publisher('--namespace', namespace)
     steps = ('build', 'create', 'upload', 'tag', 'verify')
@@ -159,13 +163,13 @@ def test_a_failure_says_what_is_missing_and_the_same_command_continues(hub, publ
     dict(method='PUT', path='/objects/', status=503), dict(method='PUT', path='/objects/', cut=2000),
     dict(method='POST', path='/preupload/', status=429, headers={'Retry-After': '0'}),
 ], ids=['503', 'cut', '429'])
-def test_what_the_client_tries_again_by_itself(hub, publisher, namespace, fault):
+def test_what_the_client_tries_again_by_itself(hub: HubDouble, publisher: Any, namespace: str, fault: Any) -> None:
     fault = hub.fail(**fault)
     code, said = publisher(NONLOCAL, '--namespace', namespace)
     assert fault.times == 0 and code == 0, said
 
 
-def test_only_what_changed_is_uploaded_and_a_tag_never_moves(hub, publisher, namespace):
+def test_only_what_changed_is_uploaded_and_a_tag_never_moves(hub: HubDouble, publisher: Any, namespace: str) -> None:
     repo = f'{namespace}/{NONLOCAL}'
     assert publisher(NONLOCAL, '--namespace', namespace)[0] == 0
     repository = hub.store.repositories[repo]
@@ -185,7 +189,8 @@ def test_only_what_changed_is_uploaded_and_a_tag_never_moves(hub, publisher, nam
     assert code == 1 and f'the tag {tag} exists and holds other weights' in said
 
 
-def test_dry_run_lists_the_files_without_a_network(hub, publisher, namespace, project):
+def test_dry_run_lists_the_files_without_a_network(
+        hub: HubDouble, publisher: Any, namespace: str, project: Project) -> None:
     code, said = publisher(NONLOCAL, '--namespace', namespace, '--dry-run')
     assert code == 0 and hub.log == []
     listed = {line.split()[0]: line.split()[1:] for line in said.splitlines()}
@@ -196,7 +201,7 @@ def test_dry_run_lists_the_files_without_a_network(hub, publisher, namespace, pr
         (project.root / 'hub/results.jsonl').read_text().splitlines()[1])['sha256']]
 
 
-def test_another_branch(hub, publisher, namespace):
+def test_another_branch(hub: HubDouble, publisher: Any, namespace: str) -> None:
     code, _ = publisher(NONLOCAL, '--namespace', namespace, '--revision', 'next')
     repository = hub.store.repositories[f'{namespace}/{NONLOCAL}']
     assert code == 0 and repository.branches.keys() == {'main', 'next'}
@@ -205,7 +210,7 @@ def test_another_branch(hub, publisher, namespace):
     assert publisher(NONLOCAL, '--namespace', namespace, '--revision', 'next')[0] == 0
 
 
-def test_arguments_that_are_off(publisher, namespace):
+def test_arguments_that_are_off(publisher: Any, namespace: str) -> None:
     code, said = publisher('preresnet20_nl_proposed_k3.cifar10', '--namespace', namespace)
     assert (code, said) == (2, f'error: preresnet20_nl_proposed_k3.cifar10 has no weights; these have: {NONLOCAL}, '
                                f'{PLAIN}\n')
@@ -216,7 +221,8 @@ def test_arguments_that_are_off(publisher, namespace):
 @pytest.mark.parametrize(('env', 'message'), [
     pytest.param({'HF_HUB_OFFLINE': '1'}, 'offline', id='offline'),
     pytest.param({'HF_ENDPOINT': 'http://127.0.0.1:9'}, 'refused', id='down', marks=pytest.mark.slow)])
-def test_without_the_hub(publisher, published, project, tmp_path, env, message):
+def test_without_the_hub(
+        publisher: Any, published: Any, project: Project, tmp_path: Path, env: Any, message: str) -> None:
     env = {**project.client(published[0], tmp_path, HF_TOKEN='hf_alice'), **env}
     done = project.run('-c', PUBLISH, PLAIN, '--namespace', 'alice', **env)
     first, *rest = done.stderr.splitlines()
@@ -224,7 +230,7 @@ def test_without_the_hub(publisher, published, project, tmp_path, env, message):
     assert rest == [f'missing: alice/{PLAIN}: create, upload, tag, verify', 'the same command continues']
 
 
-def test_verification_notices_other_weights(published, project, tmp_path):
+def test_verification_notices_other_weights(published: Any, project: Project, tmp_path: Path) -> None:
     """The package's files change after publishing: sha256 differs, and so does what inspect finds."""
     hub, _, _ = published
     hub.reset()

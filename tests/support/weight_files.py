@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from hub.results import recipe_for
+from hub.results import Record, recipe_for
+from tests.support.hub_double import HubDouble
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORKS = ('preresnet20', 'preresnet20_nl_proposed_k4')
@@ -28,7 +30,7 @@ for network in networks:
 
 
 def made_up(architecture: str = 'preresnet20', dataset: str = 'cifar10', seed: int = 0, error: float = 8.0,
-            **more) -> dict:
+            **more: Any) -> Record:
     """A line of results.jsonl that no training wrote."""
     return {'architecture': architecture, 'dataset': dataset, 'seed': seed, 'limit': 0, 'model_kwargs': [],
             'recipe': recipe_for(architecture, 'paper').to_dict(), 'mixed_precision': 'no', 'final_error': error,
@@ -69,7 +71,7 @@ class Project:
                 'HF_HUB_DISABLE_TELEMETRY': '1', **more}
 
     @staticmethod
-    def client(hub, home: Path, **more: str) -> dict[str, str]:
+    def client(hub: HubDouble, home: Path, **more: str) -> dict[str, str]:
         """What turns a Hub client to the double, with nothing in its cache."""
         return {'HF_ENDPOINT': hub.url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '0' if hub.xet else '1', **more}
 
@@ -88,6 +90,7 @@ BUILT = """
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 import hub.publish as command
 build = command.build
 
@@ -131,8 +134,9 @@ for line in sys.stdin:
         self.process = subprocess.Popen([*wrapper, python, '-c', program], cwd=cwd, env=env, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __call__(self, **ask) -> list:
+    def __call__(self, **ask: Any) -> list:
         """The answer and what was printed."""
+        assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(ask) + '\n')
         self.process.stdin.flush()
         line = self.process.stdout.readline()
