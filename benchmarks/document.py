@@ -5,25 +5,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hub.generated import block, markers, replace_block
+from timm_nonlocal.files import write_text
 from train.records.runs import ROOT
-from train.records.state import write
 
 REPORT = ROOT / 'BENCHMARKS.md'
 
 
 def put(text: str, name: str, part: str) -> str:
     """A document with what `python -m benchmarks.<name>` made replaced, or added at the end where it is not there."""
-    begin, end = f'<!-- {name}: made by `python -m benchmarks.{name}` -->', f'<!-- /{name} -->'
-    before, found, rest = text.partition(begin)
-    if not found:
-        return f'{text.rstrip()}\n\n{begin}\n{part}\n{end}\n'.lstrip()
-    return f'{before}{begin}\n{part}\n{end}{rest.partition(end)[2]}'
+    module = f'benchmarks.{name}'
+    if markers(name, module)[0] not in text:
+        return f'{text.rstrip()}\n\n{block(name, module, part)}\n'.lstrip()
+    return replace_block(text, name, module, part)
 
 
 def write_part(name: str, part: str) -> None:
     """Puts a part into BENCHMARKS.md."""
     text = put(REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n', name, part)
-    write(REPORT, lambda path: path.write_text(text))
+    write_text(REPORT, text)
 
 
 def kept(name: str) -> Path:
@@ -36,5 +36,5 @@ def render(name: str, files: Sequence[Path], report: Callable[[dict[str, Any]], 
     records = json.loads(kept(name).read_text()) if kept(name).is_file() else {}
     for path in files:
         records |= json.loads(path.read_text())
-    write(kept(name), lambda path: path.write_text(json.dumps(records, indent=1) + '\n'))
+    write_text(kept(name), json.dumps(records, indent=1) + '\n')
     write_part(name, report(records))

@@ -11,8 +11,10 @@ from timm_nonlocal.analysis.spectra import Spectrum
 from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.recipes import Recipe, recipe_id
 
-from .results import Run, Shipped, counted, deviations, median_runs, summary
+from .results import Record, Shipped, counted, deviations, diverged, median_records, summary
 from .spectra import of_weights
+
+__all__ = ['card', 'published']
 
 NAMESPACE = 'NAMESPACE'  # stands in a committed card for where it is published
 PICTURE = '<!-- ![{}]({}) -->'  # it is made when the card is published, and stands beside it there
@@ -22,13 +24,13 @@ EQUATIONS = {'original': 'eq. (1)', 'proposed': 'eq. (8)'}
 def front_matter(file: Shipped) -> str:
     """YAML that the Hub reads. The accuracy is that of this very file, and left out where only a part was tested."""
     data = DATASETS[file.dataset]
-    results = [] if file.run.get('limit') else [EvalResult(
+    results = [] if file.record.get('limit') else [EvalResult(
         task_type='image-classification', dataset_type=data.hub_id, dataset_name=data.title, dataset_split='test',
-        metric_type='accuracy', metric_name='Accuracy', metric_value=round(100 - file.run['final_error'], 4))]
+        metric_type='accuracy', metric_name='Accuracy', metric_value=round(100 - file.record['final_error'], 4))]
     return ModelCardData(
         library_name='timm', pipeline_tag='image-classification', license='apache-2.0', datasets=[data.hub_id],
         metrics=['accuracy'], tags=['image-classification', 'timm', 'timm_nonlocal', 'nonlocal'],
-        **({'model_name': file.name, 'eval_results': results} if results else {})).to_yaml()
+        model_name=file.name if results else None, eval_results=results or None).to_yaml()
 
 
 def describe(architecture: str) -> str:
@@ -47,25 +49,30 @@ def describe(architecture: str) -> str:
     return f'{backbone} with {what} ({EQUATIONS[kind]} of the paper) after the second unit of its first stage'
 
 
-def results_text(file: Shipped, runs: list[Run]) -> str:
+def results_text(file: Shipped, records: list[Record]) -> str:
     """This file's error beside our runs' and the paper's, then every run."""
     theirs, name = paper.error(file.architecture, file.dataset), file.recipe
-    found = counted(runs, file.architecture, file.dataset, name)
-    ours = summary(found)
-    median = ('' if not ours else ', the only run' if ours.n == 1 else
-              ', a median run' if file.run in median_runs(found) else ', not a median run')
-    interval = f'{ours.median:.2f} ({ours.lowest:.2f}–{ours.highest:.2f}, n = {ours.n})' if ours else 'none'
+    found = counted(records, file.architecture, file.dataset, name)
+    ours = summary(found.finished)
+    median = ('' if not ours else ', the only run' if len(found.all) == 1 else
+              ', a median run' if file.record in median_records(found.finished) else ', not a median run')
+    interval = f'{ours.median:.2f} ({ours.lowest:.2f}–{ours.highest:.2f}, n = {found.n})' if ours else 'none'
     lines = ['| | test error after the last epoch, % |', '| --- | --- |',
-             f'| this file (seed {file.run["seed"]}{median}) | {file.run["final_error"]:.2f} |',
+             f'| this file (seed {file.record["seed"]}{median}) | {file.record["final_error"]:.2f} |',
              f'| our runs of the recipe `{name}`, median (range, n) | {interval} |',
              f'| the paper, median of {paper.RUNS} | {"not reported" if theirs is None else f"{theirs:.2f}"} |']
-    if found:
+    if found.all:
         lines += ['', '| seed | last epoch, % | best epoch, % | sha256 of the weights |', '| --- | --- | --- | --- |',
-                  *(f'| {run["seed"]} | {run["final_error"]:.2f} | {run["best_error"]:.2f} ({run["best_epoch"]}) | '
-                    f'`{run["sha256"][:12]}` |' for run in found), '',
+                  *map(_run_text, found.all), '',
                   'The best epoch is chosen by the test images, so it is no estimate of anything; it is here to show '
                   'how much such a choice would flatter.']
     return '\n'.join(lines)
+
+
+def _run_text(record: Record) -> str:
+    last = f'diverged in epoch {record["diverged_epoch"]}' if diverged(record) else f'{record["final_error"]:.2f}'
+    return (f'| {record["seed"]} | {last} | {record["best_error"]:.2f} ({record["best_epoch"]}) | '
+            f'`{record["sha256"][:12]}` |')
 
 
 def rates(recipe: Recipe) -> str:
@@ -76,25 +83,25 @@ def rates(recipe: Recipe) -> str:
     return f'learning rate {rise}, {falls}' if recipe.warmup else f'learning rate {rise} {falls}'
 
 
-def training_text(run: Run) -> str:
+def training_text(record: Record) -> str:
     """How this file was trained, field by field."""
-    recipe, versions, start = Recipe.from_dict(run['recipe']), run.get('versions', {}), run.get('start')
+    recipe, versions, start = Recipe.from_dict(record['recipe']), record.get('versions', {}), record.get('start')
+    precision = record.get('mixed_precision', '')
     rows = [
-        ('data', f'{DATASETS[run["dataset"]].title}, divided by 255, the training images’ mean {recipe.mean} '
+        ('data', f'{DATASETS[record["dataset"]].title}, divided by 255, the training images’ mean {recipe.mean} '
                  f'subtracted; random crops of the image padded by 4, random flips'),
         ('starts from', start and f'`{start["name"]}` (sha256 `{start["sha256"][:12]}`), the nonlocal modules as the '
                                   f'identity'),
         ('recipe', f'`{recipe_id(recipe)}`: {recipe.epochs} epochs, batch {recipe.batch_size}, SGD with '
                    f'{"Nesterov " * recipe.nesterov}momentum {recipe.momentum}, weight decay {recipe.weight_decay} on '
                    f'every parameter, {rates(recipe)}'),
-        ('differs from the paper in', '; '.join(deviations(run)) or 'nothing that the paper states'),
-        ('precision', {'no': 'float32', 'bf16': 'bfloat16 autocast, float32 weights'}.get(
-            run.get('mixed_precision'), run.get('mixed_precision'))),
-        ('device', run.get('device')),
-        ('hours', f'{run["seconds"] / 3600:.2f}' if run.get('seconds') else None),
+        ('differs from the paper in', '; '.join(deviations(record)) or 'nothing that the paper states'),
+        ('precision', {'no': 'float32', 'bf16': 'bfloat16 autocast, float32 weights'}.get(precision, precision)),
+        ('device', record.get('device')),
+        ('hours', f'{record["seconds"] / 3600:.2f}' if record.get('seconds') else None),
         ('versions', ', '.join(f'{name} {version}' for name, version in versions.items() if version)),
-        ('commit', f'`{run["commit"]}`' if run.get('commit') else None),
-        ('sha256', f'`{run["sha256"]}`'),
+        ('commit', f'`{record["commit"]}`' if record.get('commit') else None),
+        ('sha256', f'`{record["sha256"]}`'),
     ]
     return '\n'.join(['| | |', '| --- | --- |', *(f'| {name} | {value} |' for name, value in rows if value)])
 
@@ -104,8 +111,8 @@ def spectrum_text(blocks: list[Spectrum]) -> str:
     if not blocks:
         return 'There is no nonlocal block, so there is no spectrum.'
     parts = []
-    for stage, group in groupby(blocks, key=lambda block: block.stage):
-        group = list(group)
+    for stage, same in groupby(blocks, key=lambda block: block.stage):
+        group = list(same)
         first = group[0]
         parts += [f'`{stage}`, C = {first.C}, C′ = {first.C_inner}; random weights have {first.neg_top_null:.1f} ± '
                   f'{first.neg_top_null_sd:.1f} of either sign:', '\n'.join([
@@ -124,16 +131,16 @@ def published(text: str, namespace: str) -> str:
                   r'![\1](\2)', text)
 
 
-def card(file: Shipped, runs: list[Run]) -> tuple[str, str]:
+def card(file: Shipped, records: list[Record]) -> tuple[str, str]:
     """Front matter and text of a weight file's card."""
-    unlike = deviations(file.run)
+    unlike = deviations(file.record)
     what = 'Fine-tuned, which is not' if file.recipe == 'ft' else 'Not'
     warning = [f'**{what} the paper’s recipe: {"; ".join(unlike)}.** The error below says nothing of the paper’s.'
                ] if unlike else []
     preprocessing = ('The network was trained on images minus the mean image; `transform` subtracts the mean colour, '
                      'the nearest that timm’s data configuration can say. In a clone of the project '
                      f'`python -m train.evaluate {file.name}` gives the test error under either.'
-                     if file.run['recipe'].get('mean', 'image') == 'image' else
+                     if file.record['recipe'].get('mean', 'image') == 'image' else
                      '`transform` is the preprocessing that the network was trained and tested with.')
     name, repo = file.name, f'{NAMESPACE}/{file.name}'
     model = timm.create_model(name)
@@ -153,9 +160,9 @@ def card(file: Shipped, runs: list[Run]) -> tuple[str, str]:
         f'architecture from outside timm. {preprocessing}',
         *([f'What its blocks have learned, read over range requests:\n\n'
            f'```sh\npython -m timm_nonlocal.inspect hf-hub:{repo}\n```'] if spectrum else []),
-        '## Results', results_text(file, runs),
+        '## Results', results_text(file, records),
         PICTURE.format('Training loss and errors after every epoch', 'curve.png'),
-        '## Training', training_text(file.run),
+        '## Training', training_text(file.record),
         '## Spectrum', spectrum_text(spectrum),
         '## Limits',
         'CIFAR images only: 32×32 pixels, the classes of the data set, no claim beyond its test split. Errors are '

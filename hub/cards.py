@@ -12,24 +12,34 @@ import re
 import sys
 from pathlib import Path
 
-from hub import claims, figures
 from timm_nonlocal import paper
+from timm_nonlocal.files import write_text
 from timm_nonlocal.recipes import RECIPES
 
+from . import claims, figures
 from .card import card
-from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, shipped, summary, write
+from .drawing import Drawn
+from .generated import block, replace_block
+from .results import (
+    HUB,
+    PublishError,
+    Record,
+    Shipped,
+    counted,
+    deviations,
+    load,
+    recipe_for,
+    shipped,
+    summary,
+)
+
+__all__ = ['CARDS', 'MODEL_CARD', 'current', 'make', 'path_of']
 
 MODEL_CARD = HUB.parent / 'MODEL_CARD.md'
 CARDS = HUB / 'models'
-BEGIN, END = '<!-- begin {}: made by python -m hub.cards -->', '<!-- end {} -->'
-
-
-def between(text: str, name: str, content: str) -> str:
-    """The text with the block of a name replaced. Raises PublishError if its two markers are not there once each."""
-    begin, end = BEGIN.format(name), END.format(name)
-    if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
-        raise PublishError(f'the lines {begin} and {end} must both be there, once each and in this order')
-    return f'{text[:text.index(begin)]}{begin}\n\n{content}\n\n{text[text.index(end):]}'
+MODULE = 'hub.cards'
+DEPTH = ('depth=29',)  # of 9n + 2 layers: the n of a PreResNet-20 whose units have two layers, 6n + 2
+BASELINE = paper.TABLES[0].rows[0]
 
 
 def weights_text(files: list[Shipped]) -> str:
@@ -38,45 +48,70 @@ def weights_text(files: list[Shipped]) -> str:
         return "None yet: no tag has weights, and `timm.list_pretrained('preresnet*')` is empty."
     return '\n'.join([
         '| name | final test error, % | seed | sha256 |', '| --- | --- | --- | --- |',
-        *(f'| [{file.name}](hub/models/{file.name}.md) | {file.run["final_error"]:.2f} | {file.run["seed"]} | '
+        *(f'| [{file.name}](hub/models/{file.name}.md) | {file.record["final_error"]:.2f} | {file.record["seed"]} | '
           f'`{file.sha256[:12]}` |' for file in files)])
 
 
-def table_text(table: paper.Table, runs: list[Run], files: list[Shipped], recipe: str = 'paper') -> str:
-    """One of the paper's tables with what our runs of a recipe have of it."""
-    lines, missing = [], 0
+def row_text(row: paper.Row, dataset: str, records: list[Record], files: list[Shipped], recipe: str,
+             lr: float | None = None) -> str | None:
+    """A network's line in a table; None where no run followed the recipe, at this learning rate in place of its own."""
+    found = counted(records, row.architecture, dataset, recipe, lr)
+    if not found.all:
+        return None
+    ours = summary(found.finished)
+    cells = [f'{ours.median:.2f}', found.n, f'{ours.lowest:.2f}–{ours.highest:.2f}'] if ours else ['none', found.n, '']
+    weights = [f'`{file.name}`' for file in files if file.record in found.finished]
+    return (f'| {row.label} | {"not reported" if row.error is None else f"{row.error:.2f}"} | {" | ".join(cells)} | '
+            f'{", ".join(weights) or "none"} |')
+
+
+def table_text(table: paper.Table, records: list[Record], files: list[Shipped], recipe: str = 'paper') -> str:
+    """One of the paper's tables with what our runs of a recipe have of it.
+
+    A short run is done at the full learning rate too where the recipe has a tenth of it; that is a row of its own.
+    """
+    lines, full = [], RECIPES[recipe].lr
     for row in table.rows:
-        found = counted(runs, row.architecture, table.dataset, recipe)
-        if not (ours := summary(found)):
-            missing += 1
-            continue
-        lost = sum(run.get('diverged_epoch') is not None for run in found)
-        cells = [f'{ours.median:.2f}', f'{ours.n}' + f', {lost} diverged' * bool(lost),
-                 f'{ours.lowest:.2f}–{ours.highest:.2f}']
-        weights = [f'`{file.name}`' for file in files if file.run in found]
-        lines.append(f'| {row.label} | {"not reported" if row.error is None else f"{row.error:.2f}"} | '
-                     f'{" | ".join(cells)} | {", ".join(weights) or "none"} |')
+        lines.append(row_text(row, table.dataset, records, files, recipe))
+        if recipe == 'short' and recipe_for(row.architecture, recipe).lr != full:
+            row = row._replace(label=f'{row.label}, learning rate {full:g}', error=None)
+            lines.append(row_text(row, table.dataset, records, files, recipe, full))
+    found = [line for line in lines if line]
     head = [f'### {table.title}, recipe {recipe}', '']
-    if lines:
+    if found:
         head += [f'| network | paper, median of {paper.RUNS} | ours, median | n | range | weights |',
-                 '| --- | --- | --- | --- | --- | --- |', *lines, '']
-    waiting = f'{missing} of {len(table.rows)} rows wait for runs.' if missing else 'All rows are there.'
-    return '\n'.join([*head, waiting])
+                 '| --- | --- | --- | --- | --- | --- |', *found, '']
+    waiting = len(lines) - len(found)
+    return '\n'.join([*head, f'{waiting} of {len(lines)} rows wait for runs.' if waiting else 'All rows are there.'])
 
 
-def tables_text(runs: list[Run], files: list[Shipped]) -> str:
+def tables_text(records: list[Record], files: list[Shipped]) -> str:
     """Both tables for every recipe, with what is counted in them."""
-    others = sum(all(deviations(run, recipe) for recipe in RECIPES) for run in runs)
+    ways = [*((name, None) for name in RECIPES), ('short', RECIPES['short'].lr)]
+    others = sum(all(deviations(record, *way) for way in ways) for record in records)
     return '\n\n'.join([
         'Test errors in per cent after the last epoch; n is the number of runs that followed the recipe: the paper’s; '
         '`ft`, which inserts the nonlocal modules as the identity into the trained backbone and anneals both, its '
-        'baseline the backbone annealed in the same way; `short`, the paper’s in a tenth of its length. Runs in '
+        'baseline the backbone annealed in the same way; `short`, the paper’s in a tenth of its length. A run that '
+        'diverged has no final error and is counted apart. Runs in '
         f'`hub/results.jsonl` that followed none of them, and are not counted: {others}.',
-        *(table_text(table, runs, files, recipe) for recipe in ('paper', 'ft') for table in paper.TABLES),
-        table_text(paper.TABLES[0], runs, files, 'short')])
+        *(table_text(table, records, files, recipe) for recipe in ('paper', 'ft') for table in paper.TABLES),
+        table_text(paper.TABLES[0], records, files, 'short')])
 
 
-def figures_text(drawn: dict[int, list[figures.Drawn]]) -> str:
+def depth_text(records: list[Record]) -> str:
+    """The backbone of the depth that another way to count layers gives, beside the paper's baseline."""
+    table = paper.TABLES[0]
+    lines = ['| depth | our error, % | n | the paper’s baseline, % |', '| --- | --- | --- | --- |']
+    for label, model_kwargs in (('20 = 9n + 2, as registered', ()), ('29 = 9n + 2, counted another way', DEPTH)):
+        found = counted(records, BASELINE.architecture, table.dataset, model_kwargs=model_kwargs)
+        ours = summary(found.finished)
+        error = f'{ours.median:.2f}' if ours else 'none' if found.diverged else 'waits for its run'
+        lines.append(f'| {label} | {error} | {found.n} | {BASELINE.error:.2f} |')
+    return '\n'.join(lines)
+
+
+def figures_text(drawn: dict[int, list[Drawn]]) -> str:
     """The figures with their captions."""
     parts = ['A count of signs agrees with the paper where every block is more than '
              f'{figures.SIGMAS} standard deviations from chance: weights in general position have as many positive as '
@@ -88,40 +123,39 @@ def figures_text(drawn: dict[int, list[figures.Drawn]]) -> str:
     return '\n\n'.join(parts)
 
 
-def model_card(text: str, runs: list[Run], files: list[Shipped], drawn: dict[int, list[figures.Drawn]]) -> str:
+def model_card(text: str, records: list[Record], files: list[Shipped], drawn: dict[int, list[Drawn]]) -> str:
     """MODEL_CARD.md with its generated parts made anew."""
-    for name, content in (('weights', weights_text(files)), ('tables', tables_text(runs, files)),
-                          ('figures', figures_text(drawn)), ('conclusions', claims.text(runs))):
-        text = between(text, name, content)
+    for name, content in (('weights', weights_text(files)), ('tables', tables_text(records, files)),
+                          ('figures', figures_text(drawn)), ('conclusions', claims.text(records)),
+                          ('depth', depth_text(records))):
+        text = replace_block(text, name, MODULE, content)
     return text
 
 
 def update(text: str, made: tuple[str, str]) -> str:
     """A model's card with front matter and generated part made anew; what was written after it is kept."""
     front_matter, body = made
-    if not text:
-        text = f'{BEGIN.format("card")}\n{END.format("card")}\n'
-    text = re.sub(r'\A---\n.*?\n---\n', '', text, flags=re.DOTALL)
-    return f'---\n{front_matter}\n---\n{between(text, "card", body)}'
+    text = re.sub(r'\A---\n.*?\n---\n', '', text or f'{block("card", MODULE, body)}\n', flags=re.DOTALL)
+    return f'---\n{front_matter}\n---\n{replace_block(text, "card", MODULE, body)}'
 
 
 def path_of(file: Shipped) -> Path:
     return CARDS / f'{file.name}.md'
 
 
-def current(file: Shipped, runs: list[Run]) -> str:
+def current(file: Shipped, records: list[Record]) -> str:
     """A model's card as it should be now, with what was written by hand."""
     path = path_of(file)
-    return update(path.read_text() if path.is_file() else '', card(file, runs))
+    return update(path.read_text() if path.is_file() else '', card(file, records))
 
 
 def make(folder: Path = HUB.parent) -> tuple[dict[Path, str], list[str]]:
     """What every card should hold, and what is wrong beside them. Raises PublishError."""
-    runs = load()
-    files = shipped(runs)
-    drawn = figures.collect(runs, files)
-    cards = {MODEL_CARD: model_card(MODEL_CARD.read_text(), runs, files, drawn)}
-    cards |= {path_of(file): current(file, runs) for file in files}
+    records = load()
+    files = shipped(records)
+    drawn = figures.collect(records, files)
+    cards = {MODEL_CARD: model_card(MODEL_CARD.read_text(), records, files, drawn)}
+    cards |= {path_of(file): current(file, records) for file in files}
     problems = [f'{path.relative_to(folder)} has no weights: delete it'
                 for path in sorted(CARDS.glob('*.md')) if path not in cards]
     return cards, problems + figures.stale(drawn)
@@ -144,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             problems.append(f'{name} is not what hub/results.jsonl and the weights make it: run python -m hub.cards')
             continue
-        write(path, text)
+        write_text(path, text)
         print(name)
     for problem in problems:
         print(problem, file=sys.stderr)

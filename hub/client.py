@@ -2,9 +2,14 @@
 
 from huggingface_hub.errors import HfHubHTTPError
 
-CLIENT_ERRORS = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)  # what the client raises
+from .results import PublishError
+
+__all__ = ['ERRORS', 'explain', 'status']
+
+ERRORS: tuple[type[Exception], ...] = (
+    PublishError, *HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)  # ours, and what the client raises
 LENGTH = 400
-HINTS = {
+HINTS: dict[int | None, str] = {
     401: 'log in with `hf auth login`, or set HF_TOKEN',
     403: 'the token may not write there',
     412: 'someone else committed meanwhile',
@@ -19,12 +24,14 @@ def status(error: BaseException) -> int | None:
 
 def explain(error: BaseException) -> str:
     """One line of what the client and the server said, with what would help."""
-    said, hint = [], ''
-    while error is not None and not hint:
-        line = ' '.join(str(error).split()) or type(error).__name__
+    said: list[str] = []
+    hint = ''
+    cause: BaseException | None = error
+    while cause is not None and not hint:
+        line = ' '.join(str(cause).split()) or type(cause).__name__
         if not any(line in other for other in said):
             said.append(line)
-        hint = HINTS.get(status(error), '')
-        error = error.__cause__
+        hint = HINTS.get(status(cause), '')
+        cause = cause.__cause__
     text = ': '.join(said)
     return (text if len(text) <= LENGTH else f'{text[:LENGTH]}…') + (f' ({hint})' if hint else '')

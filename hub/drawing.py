@@ -1,16 +1,34 @@
-"""How figures look. matplotlib is imported on use, so that cards need none."""
+"""How figures look, and what is drawn in a panel. matplotlib is imported on use, so that cards need none."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from timm_nonlocal import files, paper
+
+from .results import Record
 
 if TYPE_CHECKING:
-    from .figures import Drawn
-    from .results import Run
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ['Drawn', 'curve', 'figure']
 
 MARKERS = 'osD^v<'
+
+
+class Drawn(NamedTuple):
+    """A panel with its data: by name, the top eigenvalues of a block or the training loss after every epoch.
+
+    `missing` says what has no data, `verdict` what the data says of the paper's claim.
+    """
+
+    panel: paper.Panel
+    series: dict[str, tuple[float, ...]]
+    missing: list[str]
+    verdict: str
 
 
 def figure(path: Path, panels: list[Drawn], description: str) -> None:
@@ -25,7 +43,7 @@ def figure(path: Path, panels: list[Drawn], description: str) -> None:
     _save(sheet, path, description)
 
 
-def _draw_spectra(axes, panel: Drawn) -> None:
+def _draw_spectra(axes: Axes, panel: Drawn) -> None:
     for marker, (name, top) in zip(MARKERS, panel.series.items(), strict=False):
         axes.plot(range(1, len(top) + 1), top, marker, markersize=3, label=name)
     axes.axhline(0, color='black', linewidth=0.5)
@@ -34,7 +52,7 @@ def _draw_spectra(axes, panel: Drawn) -> None:
         axes.legend(fontsize='small')
 
 
-def _draw_curves(axes, panel: Drawn) -> None:
+def _draw_curves(axes: Axes, panel: Drawn) -> None:
     for name, curve in panel.series.items():
         axes.plot(range(1, len(curve) + 1), curve, linewidth=0.8, label=name.rpartition('_')[2].replace('k', 'k = '))
     axes.set(xlabel='epoch', ylabel='training loss', yscale='log')
@@ -42,27 +60,24 @@ def _draw_curves(axes, panel: Drawn) -> None:
         axes.legend(fontsize='small')
 
 
-def curve(path: Path, run: Run) -> None:
-    """The training loss, and the training and test error, of one run after every epoch."""
+def curve(path: Path, record: Record) -> None:
+    """The training loss and error of one run after every epoch, and the test error after those that were tested."""
     from matplotlib.figure import Figure
     sheet = Figure(figsize=(7.8, 3.2), layout='constrained')
     loss, error = sheet.subplots(1, 2)
-    epochs = range(1, len(run['test_error']) + 1)
-    loss.plot(epochs, [math.nan if value is None else value for value in run['train_loss']], linewidth=0.8)
+    epochs = range(1, len(record['train_loss']) + 1)
+    loss.plot(epochs, [math.nan if value is None else value for value in record['train_loss']], linewidth=0.8)
     loss.set(xlabel='epoch', ylabel='training loss', yscale='log')
-    for name in ('train_error', 'test_error'):
-        error.plot(epochs, run[name], linewidth=0.8, label=name.replace('_error', ''))
+    error.plot(epochs, record['train_error'], linewidth=0.8, label='train')
+    tested = {epoch: value for epoch, value in enumerate(record['test_error'], start=1) if value is not None}
+    error.plot([*tested], [*tested.values()], linewidth=0.8, label='test', markersize=3,
+               marker='o' if len(tested) < len(record['test_error']) else '')
     error.set(xlabel='epoch', ylabel='error, %', ylim=(0, None))
     error.legend(fontsize='small')
     _save(sheet, path, '')
 
 
-def _save(sheet, path: Path, description: str) -> None:
-    """Writes beside and renames; the same data gives the same bytes with the same matplotlib."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'.part.{path.name}')
-    try:
-        sheet.savefig(beside, dpi=150, metadata={'Software': None, 'Description': description})
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+def _save(sheet: Figure, path: Path, description: str) -> None:
+    """The same data gives the same bytes with the same matplotlib."""
+    files.write(path, lambda beside: sheet.savefig(
+        beside, dpi=150, metadata={'Software': None, 'Description': description}))

@@ -3,8 +3,8 @@
     python -m hub.figures
 
 Spectra are those of the shipped weights, or of the epochs that the run in results.jsonl kept; training curves are the
-run's. What has no data yet is named and left out of the picture. Exit codes: 0 all drawn; 1 panels are missing; 2 the
-results cannot be used.
+run's. The networks of a panel all follow one recipe. What has no data yet is named and left out of the picture. Exit
+codes: 0 all drawn; 1 panels are missing; 2 the results cannot be used.
 """
 
 import argparse
@@ -12,72 +12,85 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from timm_nonlocal import paper
 from timm_nonlocal.analysis.random_weights import negative_of_random_weights
-from timm_nonlocal.recipes import PAPER
+from timm_nonlocal.recipes import PAPER, Recipe
 
-from .results import HUB, PublishError, Run, Shipped, counted, deviations, load, median_runs, recipe_name, shipped
+from . import drawing
+from .drawing import Drawn
+from .results import (
+    HUB,
+    PublishError,
+    Record,
+    Shipped,
+    counted,
+    deviations,
+    diverged,
+    load,
+    median_records,
+    recipe_name,
+    shipped,
+)
 from .spectra import kept, of_weights
+
+__all__ = ['SIGMAS', 'beyond_chance', 'captions', 'collect', 'signs', 'stale']
 
 FOLDER = HUB / 'figures'
 SIZE = (64, 32)  # C and C' of every figure's blocks, in the first stage
 SIGMAS = 2  # a count says something where it is this far from chance
-
-
-class Drawn(NamedTuple):
-    """A panel with its data: by name, the top eigenvalues of a block or the training loss after every epoch.
-
-    `missing` says what has no data, `verdict` what the data says of the paper's claim.
-    """
-
-    panel: paper.Panel
-    series: dict[str, tuple[float, ...]]
-    missing: list[str]
-    verdict: str
+RECIPES = 'paper', 'short'  # that figures may show, the preferred one first
 
 
 class Source(NamedTuple):
     """Where the figures take a network from: its shipped weights, and the run that stands for it."""
 
     weights: Shipped | None
-    run: Run | None
+    record: Record
 
 
-def source(architecture: str, runs: list[Run], files: list[Shipped]) -> Source:
-    """What the paper's recipe gave, else its tenth: the shipped weights with their run, without them a median run."""
+def source(architecture: str, records: list[Record], files: list[Shipped], recipe: str, curves: bool) -> Source | None:
+    """What a recipe gave: shipped weights with their run, else a median run, else, for curves, one that diverged."""
     for file in files:
-        if (file.architecture, file.dataset) == (architecture, paper.FIGURE_DATASET) and file.recipe != 'ft':
-            return Source(file, file.run)
-    for recipe in ('paper', 'short'):
-        if middle := median_runs(counted(runs, architecture, paper.FIGURE_DATASET, recipe)):
-            return Source(None, middle[0])
-    return Source(None, None)
+        if (file.architecture, file.dataset, file.recipe) == (architecture, paper.FIGURE_DATASET, recipe):
+            return Source(file, file.record)
+    found = counted(records, architecture, paper.FIGURE_DATASET, recipe)
+    standing = median_records(found.finished) or (found.diverged if curves else [])
+    return Source(None, standing[0]) if standing else None
 
 
-def _spectrum(panel: paper.Panel, found: Source) -> Drawn:
-    name, run = f'{panel.architectures[0]}.{paper.FIGURE_DATASET}', found.run
-    if panel.epoch is None and found.weights:
+def sources(panel: paper.Panel, records: list[Record], files: list[Shipped]) -> dict[str, Source]:
+    """The networks of a panel that one recipe gave, by name: the recipe that gave most of them, of equals the paper's.
+    """
+    return max(({name: found for name in panel.architectures
+                 if (found := source(name, records, files, recipe, panel.curves))} for recipe in RECIPES), key=len)
+
+
+def _spectrum(panel: paper.Panel, found: Source | None) -> Drawn:
+    epochs = Recipe.from_dict(found.record['recipe']).epochs if found else PAPER.epochs
+    epoch = round((panel.epoch or PAPER.epochs) * epochs / PAPER.epochs)
+    tops, said = [], ''
+    if found and panel.epoch is None and found.weights:
         tops = [block.top for block in of_weights(found.weights.path)]
-    else:
-        epochs = run['recipe']['epochs'] if run else PAPER.epochs
-        epoch = round((panel.epoch or PAPER.epochs) * epochs / PAPER.epochs)
-        tops = kept(run, epoch) if run else []
-        if not tops:
-            wanted = 'weights' if panel.epoch is None else f'the spectrum after epoch {epoch}'
-            return Drawn(panel, {}, [f'{wanted} of {name}'], '')
+    elif found and (spectra := kept(found.record, epoch)):
+        tops = spectra.tops
+        said = f'after epoch {spectra.epoch} of {epochs}: ' * (spectra.epoch != (panel.epoch or epochs))
+    if not found or not tops:
+        wanted = 'weights' if panel.epoch is None else f'the spectrum after epoch {epoch}'
+        return Drawn(panel, {}, [f'{wanted} of {panel.architectures[0]}.{paper.FIGURE_DATASET}'], '')
     series = {f'block {number}': top for number, top in enumerate(tops, start=1)}
-    return Drawn(panel, series, [], _judge_spectrum(panel.claim, tops) + _unlike([run]))
+    return Drawn(panel, series, [], said + _judge_spectrum(panel.claim, tops) + _recipes([found.record]))
 
 
 def _judge_spectrum(claim: str, tops: list[tuple[float, ...]]) -> str:
     """What the signs say of a claim."""
     if claim == 'large positive':
         largest = max(max(top) / abs(top[0]) for top in tops)
-        counts = _list(sum(value > 0 for value in top) for top in tops)
-        return (f'{counts} of the top {len(tops[0])} are positive, the largest of them {largest:.2f} of the greatest '
+        positive = _list(sum(value > 0 for value in top) for top in tops)
+        return (f'{positive} of the top {len(tops[0])} are positive, the largest of them {largest:.2f} of the greatest '
                 f'magnitude in its block; the paper: many, some of large magnitude. '
                 f'{_agrees(largest >= 0.5)} (at least half)')
     counts, expected, spread = signs(claim, tops)
@@ -96,52 +109,57 @@ def beyond_chance(counts: list[int], expected: float, spread: float) -> bool:
     return min(counts) > expected + SIGMAS * spread
 
 
-def losses(run: Run) -> tuple[float, ...]:
+def losses(record: Record) -> tuple[float, ...]:
     """The training loss after every epoch, nan where it was not finite."""
-    return tuple(math.nan if loss is None else loss for loss in run['train_loss'])
+    return tuple(math.nan if loss is None else loss for loss in record['train_loss'])
 
 
 def _curves(panel: paper.Panel, found: dict[str, Source]) -> Drawn:
-    series = {name: losses(source.run) for name, source in found.items()
-              if source.run and source.run.get('train_loss')}
-    missing = [f'the training curve of {name}.{paper.FIGURE_DATASET}' for name in found if name not in series]
+    series = {name: losses(source.record) for name, source in found.items() if source.record['train_loss']}
+    missing = [f'the training curve of {name}.{paper.FIGURE_DATASET}' for name in panel.architectures
+               if name not in series]
+    recipes = _recipes([found[name].record for name in series])
     if missing:
-        return Drawn(panel, series, missing, 'not judged before every curve is there')
+        return Drawn(panel, series, missing, f'not judged before every curve is there{recipes}')
+    lost = [name.rpartition('_k')[2] for name in series if diverged(found[name].record)]
+    if lost:
+        return Drawn(panel, series, [], f'not judged: with {_list(lost)} it diverged, and there is no final training '
+                                        f'loss; the paper: much larger with 4{recipes}')
     *others, four = (curve[-1] for curve in series.values())
-    verdict = 'it diverged' if math.isnan(four) else f'{four / max(others):.1f} times the largest of the others'
     return Drawn(panel, series, [], f'final training loss {_list(f"{loss:.3f}" for loss in (*others, four))} for '
-                 f'1 to 4 blocks, with 4 {verdict}; the paper: much larger with 4. '
-                 f'{_agrees(not four < 2 * max(others))} (at least twice)' + _unlike(
-                     [source.run for source in found.values()]))
+                 f'1 to 4 blocks, with 4 {four / max(others):.1f} times the largest of the others; the paper: much '
+                 f'larger with 4. {_agrees(four >= 2 * max(others))} (at least twice){recipes}')
 
 
-def _unlike(runs: list[Run]) -> str:
-    """A warning where runs did not follow the paper's recipe, or another one of ours."""
-    names = sorted({recipe_name(run) for run in runs})
-    found = sorted({f'{run["architecture"]}: {what}' for run in runs for what in deviations(run, recipe_name(run))})
-    said = [f'recipe {" and ".join(names)}'] if names != ['paper'] else []
+def _recipes(records: list[Record]) -> str:
+    """Which recipe runs followed, and a warning where they did not quite."""
+    if not records:
+        return ''
+    found = sorted({f'{record["architecture"]}: {what}' for record in records
+                    for what in deviations(record, recipe_name(record))})
+    said = [f'recipe {" and ".join(sorted({recipe_name(record) for record in records}))}']
     said += [f'not that recipe: {"; ".join(found)}'] if found else []
-    return f' ({"; ".join(said)})' if said else ''
+    return f' ({"; ".join(said)})'
 
 
 def _agrees(holds: bool) -> str:
     return 'Agrees' if holds else 'Does not agree'
 
 
-def _list(values) -> str:
+def _list(values: Iterable[object]) -> str:
     *first, last = map(str, values)
     return f'{", ".join(first)} and {last}' if first else last
 
 
-def collect(runs: list[Run], files: list[Shipped]) -> dict[int, list[Drawn]]:
+def collect(records: list[Record], files: list[Shipped]) -> dict[int, list[Drawn]]:
     """Every panel of every figure with the data there is, by the figure's number."""
-    drawn = {}
+    drawn: dict[int, list[Drawn]] = {}
     for figure in paper.FIGURES:
         drawn[figure.number] = []
         for panel in figure.panels:
-            found = {name: source(name, runs, files) for name in panel.architectures}
+            found = sources(panel, records, files)
             drawn[figure.number].append(
-                _curves(panel, found) if panel.curves else _spectrum(panel, found[panel.architectures[0]]))
+                _curves(panel, found) if panel.curves else _spectrum(panel, found.get(panel.architectures[0])))
     return drawn
 
 
@@ -160,7 +178,7 @@ def stale(drawn: dict[int, list[Drawn]]) -> list[str]:
     found = []
     for number, panels in drawn.items():
         path = picture(number)
-        shown = Image.open(path).text.get('Description') if path.is_file() else None
+        shown = Image.open(path).info.get('Description') if path.is_file() else None
         if shown != (digest(panels) if any(panel.series for panel in panels) else None):
             found.append(f'{path.relative_to(HUB.parent)} does not show the present data: run python -m hub.figures')
     return found
@@ -183,10 +201,9 @@ def captions(drawn: dict[int, list[Drawn]]) -> dict[int, str]:
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(prog='python -m hub.figures', description=__doc__.split('\n\n')[0],
                             allow_abbrev=False).parse_args(argv)
-    from hub import drawing
     try:
-        runs = load()
-        drawn = collect(runs, shipped(runs))
+        records = load()
+        drawn = collect(records, shipped(records))
     except PublishError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

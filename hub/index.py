@@ -21,16 +21,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_nonlocal.datasets import DATASETS
+from timm_nonlocal.files import write_text
 from timm_nonlocal.models.preresnet import ARCHITECTURES
 from timm_nonlocal.models.pretrained import TAGS
 from timm_nonlocal.recipes import RECIPES, Recipe
 
-from .results import PublishError, load, recipe_name, shipped, write
+from .generated import replace_block
+from .results import PublishError, Record, load, recipe_name, shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, RESULTS, README = (
     Path(path) for path in ('timm_nonlocal/weights', 'hub/results.jsonl', 'README.md'))  # below the root
-MARKERS = '<!-- models: python -m hub.index -->\n', '<!-- end of models -->\n'
 
 
 def create(name: str) -> nn.Module:
@@ -43,26 +44,28 @@ def parameters(model: nn.Module) -> int:
 
 def macs(model: nn.Module) -> int:
     """Multiply-adds of one image of the size in the model's config."""
+    cfg: Any = model.pretrained_cfg
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
+        model(torch.empty(1, *cfg['input_size'], device='meta'))
     return counter.get_total_flops() // 2
 
 
-def command(run: dict[str, Any]) -> str:
+def command(record: Record) -> str:
     """The command that makes the run of a line of results.jsonl."""
     def words(value: Any) -> list[str]:
         return [shlex.quote(str(word)) for word in (value if isinstance(value, list) else [value])]
 
-    recipe, name = Recipe.from_dict(run['recipe']), recipe_name(run)
-    options = {'model': run['architecture'], 'dataset': run['dataset'], 'seed': run['seed'], 'recipe': name,
-               **recipe.changes(RECIPES[name]), **({'start': run['start']['name']} if run.get('start') else {}),
-               **{key: run[key] for key in ('model_kwargs', 'limit') if run.get(key)},
-               **({'test_every': run['test_every']} if run.get('test_every', 1) > 1 else {})}
+    recipe, name = Recipe.from_dict(record['recipe']), recipe_name(record)
+    options = {'model': record['architecture'], 'dataset': record['dataset'], 'seed': record['seed'], 'recipe': name,
+               **recipe.changes(RECIPES[name]), **({'start': record['start']['name']} if record.get('start') else {}),
+               **{key: record[key] for key in ('model_kwargs', 'limit') if record.get(key)},
+               **({'test_every': record['test_every']} if record.get('test_every', 1) > 1 else {})}
     given = []
     for key, value in options.items():
         flag = key.replace('_', '-')
         given += [f'--{"" if value else "no-"}{flag}'] if isinstance(value, bool) else [f'--{flag}', *words(value)]
-    return ' '.join(['accelerate launch --mixed_precision', run.get('mixed_precision', 'no'), 'train/cifar.py', *given])
+    precision = record.get('mixed_precision', 'no')
+    return ' '.join(['accelerate launch --mixed_precision', precision, 'train/cifar.py', *given])
 
 
 def index(root: Path = ROOT, namespace: str | None = None) -> dict[str, dict[str, Any]]:
@@ -74,12 +77,12 @@ def index(root: Path = ROOT, namespace: str | None = None) -> dict[str, dict[str
     old = root / WEIGHTS / 'index.json'
     entries = json.loads(old.read_text()) if old.is_file() else {}
     for file in shipped(load(root / RESULTS), root / WEIGHTS):
-        model, run = create(file.name), file.run
+        model, record = create(file.name), file.record
         entries[file.name] = {
             **entries.get(file.name, {}), **({'hf_hub_id': f'{namespace}/{file.name}'} if namespace else {}),
             'sha256': file.sha256, 'num_params': parameters(model), 'macs': macs(model),
-            'test_error': run['final_error'],
-            'recipe': command(run),
+            'test_error': record['final_error'],
+            'recipe': command(record),
         }
     return dict(sorted(entries.items()))
 
@@ -97,19 +100,17 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
                      and (error := entries.get(f'{name}.{tag}', {}).get('test_error')) is not None]
             row.append(', '.join(found) or ('no weights' if name in ARCHITECTURES else '—'))
         rows.append(row)
-    return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
 def made(root: Path = ROOT, namespace: str | None = None) -> dict[Path, str]:
     """The files that the command writes, and what belongs into them."""
-    readme, entries = (root / README).read_text(), index(root, namespace)
+    entries = index(root, namespace)
     try:
-        before, rest = readme.split(MARKERS[0])
-        _, after = rest.split(MARKERS[1])
-    except ValueError:
-        raise PublishError(f'{README}: put the table between one line {MARKERS[0].strip()} '
-                           f'and one {MARKERS[1].strip()}') from None
-    files = {root / README: before + MARKERS[0] + table(entries) + MARKERS[1] + after}
+        readme = replace_block((root / README).read_text(), 'models', 'hub.index', table(entries))
+    except PublishError as error:
+        raise PublishError(f'{README}: {error}') from error
+    files = {root / README: readme}
     if entries:
         files[root / WEIGHTS / 'index.json'] = json.dumps(entries, indent=1) + '\n'
     return files
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         if args.check:
             print(f'{path.relative_to(root)} is out of date: run python -m hub.index', file=sys.stderr)
             continue
-        write(path, text)
+        write_text(path, text)
         print(f'{path.relative_to(root)} written')
     return 1 if args.check and stale else 0
 

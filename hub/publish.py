@@ -17,12 +17,15 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoFile, RepoFolder
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils.sha import git_hash
 
-from .client import CLIENT_ERRORS, explain, status
+from timm_nonlocal.files import sha256
+
+from .client import ERRORS, explain, status
 from .folder import WEIGHTS, build
-from .results import PublishError, Run, Shipped, load, sha256, shipped
+from .results import PublishError, Record, Shipped, load, shipped
 from .verify import verify
 
 STEPS = ('build', 'create', 'upload', 'tag', 'verify')
@@ -53,8 +56,8 @@ def upload(api: HfApi, repo: str, head: str, folder: Path, branch: str) -> tuple
     return commit.oid, f'{len(changed)} files, {size:,} bytes uploaded'
 
 
-def _holds(info, path: Path) -> bool:
-    if info is None:
+def _holds(info: RepoFile | RepoFolder | None, path: Path) -> bool:
+    if not isinstance(info, RepoFile):
         return False
     return info.lfs.sha256 == sha256(path) if info.lfs else info.blob_id == git_hash(path.read_bytes())
 
@@ -71,24 +74,25 @@ def tag(api: HfApi, repo: str, commit: str, file: Shipped) -> str:
     return name
 
 
-def publish(api: HfApi, file: Shipped, runs: list[Run], args: argparse.Namespace) -> str:
+def publish(api: HfApi, file: Shipped, records: list[Record], args: argparse.Namespace) -> str:
     """All steps for one weight file; says in a line what was done. Raises Unfinished."""
     repo, step = f'{args.namespace}/{file.name}', STEPS[0]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            build(file, runs, args.namespace, Path(folder))
+            build(file, records, args.namespace, Path(folder))
             step = 'create'
             api.create_repo(repo, private=args.private or None, exist_ok=True)
             if args.revision != 'main':
                 api.create_branch(repo, branch=args.revision, exist_ok=True)
             step = 'upload'
             head = api.repo_info(repo, revision=args.revision)
+            assert head.sha is not None  # of a repository that exists
             commit, done = upload(api, repo, head.sha, Path(folder), args.revision)
         step = 'tag'
         name = tag(api, repo, commit, file)
         step = 'verify'
         verify(file.name, repo, commit, public=not head.private)
-    except (PublishError, *CLIENT_ERRORS) as error:
+    except ERRORS as error:
         if args.traceback:
             traceback.print_exc()
         hopeless = status(error) in (401, 403) or isinstance(error, OfflineModeIsEnabled)
@@ -96,12 +100,12 @@ def publish(api: HfApi, file: Shipped, runs: list[Run], args: argparse.Namespace
     return f'{repo}@{commit[:12]}: {done}, tag {name}, verified'
 
 
-def publish_all(api: HfApi, files: list[Shipped], runs: list[Run], args: argparse.Namespace) -> dict[str, str]:
+def publish_all(api: HfApi, files: list[Shipped], records: list[Record], args: argparse.Namespace) -> dict[str, str]:
     """Publishes one after the other and says so. Gives the names that are not finished with the step they are at."""
     missing = {file.name: STEPS[0] for file in files}
     for file in files:
         try:
-            print(publish(api, file, runs, args), flush=True)
+            print(publish(api, file, records, args), flush=True)
             del missing[file.name]
         except Unfinished as stop:
             missing[file.name] = stop.step
@@ -114,12 +118,12 @@ def publish_all(api: HfApi, files: list[Shipped], runs: list[Run], args: argpars
     return missing
 
 
-def dry_run(files: list[Shipped], runs: list[Run], namespace: str) -> None:
+def dry_run(files: list[Shipped], records: list[Record], namespace: str) -> None:
     """Builds every folder and lists its files with sizes and sha256. Raises PublishError."""
     for file in files:
         print(f'{namespace}/{file.name}')
         with tempfile.TemporaryDirectory() as folder:
-            build(file, runs, namespace, Path(folder))
+            build(file, records, namespace, Path(folder))
             for path in sorted(Path(folder).iterdir()):
                 print(f'  {path.name:<18} {path.stat().st_size:>10,}  {sha256(path)}')
 
@@ -154,16 +158,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        runs = load()
-        files = select(args.names, shipped(runs))
+        records = load()
+        files = select(args.names, shipped(records))
         if args.dry_run:
-            dry_run(files, runs, args.namespace)
+            dry_run(files, records, args.namespace)
             return 0
     except PublishError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     disable_progress_bars()
-    missing = publish_all(HfApi(library_name='timm_nonlocal'), files, runs, args)
+    missing = publish_all(HfApi(library_name='timm_nonlocal'), files, records, args)
     for name, step in missing.items():
         print(f'missing: {args.namespace}/{name}: {", ".join(STEPS[STEPS.index(step):])}', file=sys.stderr)
     if missing:

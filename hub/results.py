@@ -1,21 +1,30 @@
-"""The finished runs in results.jsonl, which of them count for the paper's tables, and whose weights are shipped."""
+"""The finished runs in results.jsonl, which of them count for the paper's tables, and whose weights are shipped.
 
-import hashlib
+A run that diverged has no final error. It enters no median, no range, no claim and no choice of weights, and is counted
+apart: `diverged` says which they are, and `counted` keeps them apart.
+"""
+
 import json
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import timm_nonlocal
+from timm_nonlocal.files import sha256
 from timm_nonlocal.models.pretrained import TAGS
 from timm_nonlocal.recipes import RECIPES, Recipe, nearest
+
+__all__ = ['HUB', 'RESULTS', 'WEIGHTS', 'Counted', 'PublishError', 'Record', 'Shipped', 'Summary', 'counted',
+           'deviations', 'diverged', 'load', 'median_records', 'recipe_for', 'recipe_name', 'shipped', 'summary', 'tag',
+           'to_ship']
 
 HUB = Path(__file__).parent
 RESULTS = HUB / 'results.jsonl'
 WEIGHTS = Path(timm_nonlocal.__file__).with_name('weights')
-Run = dict[str, Any]  # one line; the fields are those that the training command writes
+Record = dict[str, Any]  # one line about a run; the fields are those that the training command writes
 FIELDS = {'architecture', 'dataset', 'seed', 'recipe', 'final_error', 'best_error', 'best_epoch', 'train_loss',
           'train_error', 'test_error', 'sha256'}  # that no card can do without
 
@@ -24,24 +33,41 @@ class PublishError(Exception):
     """Something to publish is missing or does not fit; the message says what would work."""
 
 
-def load(path: Path = RESULTS) -> list[Run]:
-    """Every line of a results file, none if there is no file. Raises PublishError for a line that is not a run."""
-    runs = []
+def load(path: Path = RESULTS) -> list[Record]:
+    """Every line of a results file, none if there is no file. Raises PublishError for a line that is not a run's."""
+    records = []
     for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
         try:
-            run = json.loads(line)
-            missing = FIELDS - run.keys()
+            record = json.loads(line)
+            missing = FIELDS - record.keys()
         except (ValueError, AttributeError) as error:
             raise PublishError(f'{path}, line {number} is not a JSON object: {error}') from error
         if missing:
             raise PublishError(f'{path}, line {number} lacks {", ".join(sorted(missing))}')
-        runs.append(run)
-    return runs
+        if not _is_recipe(record['recipe']):
+            raise PublishError(f'{path}, line {number} has a recipe that is none: {json.dumps(record["recipe"])}')
+        records.append(record)
+    return records
 
 
-def recipe_name(run: Run) -> str:
+def _is_recipe(value: Any) -> bool:
+    """Whether `Recipe.from_dict` takes it and every field has its kind of value."""
+    try:
+        recipe = Recipe.from_dict(value)
+    except (TypeError, KeyError):
+        return False
+    return all(isinstance(getattr(recipe, field.name), (int, float) if field.type is float else type(field.default))
+               for field in fields(Recipe))
+
+
+def diverged(record: Record) -> bool:
+    """Whether the run's training loss was not finite, so that it has no final error."""
+    return record.get('diverged_epoch') is not None
+
+
+def recipe_name(record: Record) -> str:
     """The recipe in `timm_nonlocal.recipes.RECIPES` that a run followed, or came nearest to."""
-    return nearest(Recipe.from_dict(run['recipe']))
+    return nearest(Recipe.from_dict(record['recipe']))
 
 
 def recipe_for(architecture: str, name: str) -> Recipe:
@@ -51,50 +77,79 @@ def recipe_for(architecture: str, name: str) -> Recipe:
     return replace(recipe, lr=recipe.lr / 10) if tenth else recipe
 
 
-def deviations(run: Run, name: str = 'paper') -> list[str]:
-    """How a run's recipe differs from one of ours, in words; empty where it counts for that recipe's tables."""
-    changes = Recipe.from_dict(run['recipe']).changes(recipe := recipe_for(run['architecture'], name))
-    found = [f'{key.replace("_", " ")} {value} in place of {recipe.to_dict()[key]}' for key, value in changes.items()]
-    if run.get('limit'):
-        found.append(f'the first {run["limit"]} images only')
-    if run.get('processes', 1) > 1:
-        found.append(f'{run["processes"]} processes with batch statistics of their own')
-    if name == 'ft' and not run.get('start'):
+def deviations(record: Record, name: str = 'paper', lr: float | None = None,
+               model_kwargs: Sequence[str] = ()) -> list[str]:
+    """How a run's recipe differs from one of ours, in words; empty where it counts for that recipe's tables.
+
+    Args:
+        record: the run's.
+        name: the recipe's, a key of `timm_nonlocal.recipes.RECIPES`.
+        lr: the learning rate in place of the recipe's.
+        model_kwargs: the arguments of the network, as the training command takes them.
+    """
+    recipe = recipe_for(record['architecture'], name)
+    if lr is not None:
+        recipe = replace(recipe, lr=lr)
+    found = [f'{key.replace("_", " ")} {value} in place of {recipe.to_dict()[key]}'
+             for key, value in Recipe.from_dict(record['recipe']).changes(recipe).items()]
+    if record.get('limit'):
+        found.append(f'the first {record["limit"]} images only')
+    if record.get('processes', 1) > 1:
+        found.append(f'{record["processes"]} processes with batch statistics of their own')
+    if name == 'ft' and not record.get('start'):
         found.append('from scratch')
-    if run.get('model_kwargs'):
-        found.append(f'model arguments {" ".join(run["model_kwargs"])}')
+    if (given := record.get('model_kwargs') or []) != list(model_kwargs):
+        found.append(f'model arguments {" ".join(given)}' if given else 'no model arguments')
     return found
 
 
-def tag(run: Run) -> str | None:
+def tag(record: Record) -> str | None:
     """The tag that a run's weights can have; None where they followed none of the recipes that ship."""
     return next((tag for tag, means in TAGS.items()
-                 if means.dataset == run['dataset'] and not deviations(run, means.recipe)), None)
+                 if means.dataset == record['dataset'] and not deviations(record, means.recipe)), None)
 
 
-def to_ship(runs: list[Run]) -> dict[str, Run]:
+def to_ship(records: list[Record]) -> dict[str, Record]:
     """Whose weights ship, by their names: of the runs of a name that did not diverge the one with the median error, the
     lower of two."""
-    of_name: dict[str, list[Run]] = {}
-    for run in runs:
-        if (found := tag(run)) and run.get('diverged_epoch') is None:
-            of_name.setdefault(f'{run["architecture"]}.{found}', []).append(run)
-    return {name: min(median_runs(found), key=lambda run: (run['final_error'], run['seed']))
+    of_name: dict[str, list[Record]] = {}
+    for record in records:
+        if (found := tag(record)) and not diverged(record):
+            of_name.setdefault(f'{record["architecture"]}.{found}', []).append(record)
+    return {name: min(median_records(found), key=lambda record: (record['final_error'], record['seed']))
             for name, found in of_name.items()}
 
 
-def counted(runs: list[Run], architecture: str, dataset: str, name: str = 'paper') -> list[Run]:
-    """The runs of a network that followed a recipe, by seed; those that diverged are among them.
+class Counted(NamedTuple):
+    """The runs of a network that followed a recipe, each list by seed."""
+
+    finished: list[Record]  # these have a final error
+    diverged: list[Record]
+
+    @property
+    def all(self) -> list[Record]:
+        return sorted(self.finished + self.diverged, key=lambda record: record['seed'])
+
+    @property
+    def n(self) -> str:
+        """How many have an error, and how many have none."""
+        return f'{len(self.finished)}' + f', {len(self.diverged)} diverged' * bool(self.diverged)
+
+
+def counted(records: list[Record], architecture: str, dataset: str, name: str = 'paper', lr: float | None = None,
+            model_kwargs: Sequence[str] = ()) -> Counted:
+    """The runs of a network without `deviations` from a recipe.
 
     Raises PublishError where the same run is there twice: it would count as two.
     """
-    found = sorted((run for run in runs if (run['architecture'], run['dataset']) == (architecture, dataset)
-                    and not deviations(run, name)), key=lambda run: run['seed'])
-    same = Counter((run['seed'], run.get('mixed_precision')) for run in found)
+    found = sorted((record for record in records
+                    if (record['architecture'], record['dataset']) == (architecture, dataset)
+                    and not deviations(record, name, lr, model_kwargs)), key=lambda record: record['seed'])
+    same = Counter((record['seed'], record.get('mixed_precision')) for record in found)
     for (seed, _), count in same.items():
         if count > 1:
             raise PublishError(f'results.jsonl has two runs of {architecture}.{dataset} with seed {seed}: keep one')
-    return found
+    return Counted([record for record in found if not diverged(record)], [*filter(diverged, found)])
 
 
 class Summary(NamedTuple):
@@ -106,27 +161,16 @@ class Summary(NamedTuple):
     highest: float
 
 
-def summary(runs: list[Run]) -> Summary | None:
-    errors = [run['final_error'] for run in runs]
+def summary(finished: list[Record]) -> Summary | None:
+    """Of runs that did not diverge; None without any."""
+    errors = [record['final_error'] for record in finished]
     return Summary(len(errors), median(errors), min(errors), max(errors)) if errors else None
 
 
-def median_runs(runs: list[Run]) -> list[Run]:
-    """The run with the median error, or the two beside it."""
-    by_error = sorted(runs, key=lambda run: run['final_error'])
-    return by_error[(len(runs) - 1) // 2:len(runs) // 2 + 1]
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write(path: Path, text: str) -> None:
-    """Writes beside and renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f'.part.{path.name}')
-    beside.write_text(text)
-    beside.replace(path)
+def median_records(finished: list[Record]) -> list[Record]:
+    """The run with the median error, or the two beside it, of runs that did not diverge."""
+    by_error = sorted(finished, key=lambda record: record['final_error'])
+    return by_error[(len(finished) - 1) // 2:len(finished) // 2 + 1]
 
 
 class Shipped(NamedTuple):
@@ -135,34 +179,37 @@ class Shipped(NamedTuple):
     name: str
     path: Path
     sha256: str
-    run: Run
+    record: Record
 
     @property
     def architecture(self) -> str:
-        return self.run['architecture']
+        return self.record['architecture']
 
     @property
     def dataset(self) -> str:
-        return self.run['dataset']
+        return self.record['dataset']
 
     @property
     def recipe(self) -> str:
-        return recipe_name(self.run)
+        return recipe_name(self.record)
 
 
-def shipped(runs: list[Run], folder: Path = WEIGHTS) -> list[Shipped]:
+def shipped(records: list[Record], folder: Path = WEIGHTS) -> list[Shipped]:
     """Every weight file of a folder with its run, which its sha256 finds.
 
-    Raises PublishError for a file without a run, or with one of another name: nothing honest could be said of it.
+    Raises PublishError for a file without a run, with one of another name or one that diverged: nothing honest could be
+    said of it.
     """
-    by_sha256 = {run['sha256']: run for run in runs}
+    by_sha256 = {record['sha256']: record for record in records}
     found = []
     for path in sorted(folder.glob('*.safetensors')):
         name, digest = path.name.removesuffix('.safetensors'), sha256(path)
-        run = by_sha256.get(digest)
-        if run is None:
+        record = by_sha256.get(digest)
+        if record is None:
             raise PublishError(f'{path.name}: no line of results.jsonl has its sha256 {digest}')
-        if name != (made := f'{run["architecture"]}.{tag(run) or run["dataset"]}'):
+        if name != (made := f'{record["architecture"]}.{tag(record) or record["dataset"]}'):
             raise PublishError(f'{path.name}: results.jsonl says that these weights are {made}')
-        found.append(Shipped(name, path, digest, run))
+        if diverged(record):
+            raise PublishError(f'{path.name}: its run diverged, so that it has no error to publish')
+        found.append(Shipped(name, path, digest, record))
     return found

@@ -20,13 +20,16 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 
+from timm_nonlocal.files import sha256
 from timm_nonlocal.inspect import command as inspect
 
-from .client import CLIENT_ERRORS, explain
+from .client import ERRORS, explain
 from .folder import WEIGHTS, child_environment, last_line
-from .results import HUB, PublishError, sha256
+from .results import HUB, PublishError
 from .results import WEIGHTS as PACKAGE
 from .spectra import of_weights
+
+__all__ = ['verify']
 
 
 def verify(name: str, repo: str, revision: str, public: bool) -> None:
@@ -87,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         same_spectrum(package, args.repo, args.revision)
         same_weights(package, args.repo, args.revision)
         same_logits(args.name, args.repo, args.revision)
-    except (PublishError, *CLIENT_ERRORS) as error:
+    except ERRORS as error:
         print(explain(error), file=sys.stderr)
         return 1
     return 0

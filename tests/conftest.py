@@ -10,7 +10,7 @@ import torch
 from tests.support.cifar_files import make_cifar10
 from tests.support.hub_double import HubDouble
 from tests.support.small_data import accepted
-from tests.support.weight_files import Zoo
+from tests.support.weight_files import Project
 
 
 def pytest_addoption(parser):
@@ -60,18 +60,18 @@ def small_cifar(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope='session')
-def zoo(small_cifar, tmp_path_factory) -> Zoo:
+def project(small_cifar, tmp_path_factory) -> Project:
     """A copy of the project with two briefly trained networks and their cards."""
-    return Zoo.make(tmp_path_factory.mktemp('zoo'), small_cifar)
+    return Project.make(tmp_path_factory.mktemp('project'), small_cifar)
 
 
 @pytest.fixture(scope='session')
-def published(zoo, tmp_path_factory):
-    """The Hub double, and the finished command that published the zoo there by LFS."""
+def published(project, tmp_path_factory):
+    """The Hub double, and the finished command that published the project there by LFS."""
     with HubDouble() as hub:
         hub.add_account('alice', 'hf_alice')
-        env = zoo.client(hub, tmp_path_factory.mktemp('home'), HF_TOKEN='hf_alice')
-        command = zoo.run('-m', 'hub.publish', '--namespace', 'alice', **env)
+        env = project.client(hub, tmp_path_factory.mktemp('home'), HF_TOKEN='hf_alice')
+        command = project.run('-m', 'hub.publish', '--namespace', 'alice', **env)
         yield hub, command, list(hub.log)
 
 

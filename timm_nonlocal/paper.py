@@ -1,11 +1,11 @@
-"""What the paper reports, as data: its recipe, Tables 1 and 2, and what Figures 1 to 4 show.
+"""What the paper reports, as data: Tables 1 and 2, and what Figures 1 to 4 show.
 
 Tao, Sun, Du, Liu, "Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling", NeurIPS 2018. Its errors are
 medians of five runs, in per cent of the test images; its figures' numbers are not in its text.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 __all__ = ['ARXIV', 'CITATION', 'FIGURES', 'FIGURE_DATASET', 'RUNS', 'TABLES', 'TITLE', 'UNRANKED', 'Figure', 'Panel',
            'Row', 'Table', 'claims', 'error', 'recipe']
@@ -19,13 +19,6 @@ CITATION = f"""@inproceedings{{tao2018nonlocal,
   year = {{2018}}
 }}"""
 RUNS = 5
-
-
-def recipe(architecture: str) -> dict[str, Any]:
-    """The training recipe of section 3.1; four original blocks took a tenth of the learning rate. Batch 128 is ours:
-    the paper has "81 and 122 epochs (around 32k and 48k iterations)"."""
-    return {'epochs': 164, 'batch_size': 128, 'lr': 0.01 if architecture.endswith('original_k4') else 0.1,
-            'milestones': [81, 122], 'gamma': 0.1, 'momentum': 0.9, 'weight_decay': 1e-4}
 
 
 class Row(NamedTuple):

@@ -2,12 +2,14 @@
 
 import math
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hub import drawing, figures
-from hub.results import PublishError
-from tests.support.weight_files import Zoo, made_up
+from hub import drawing, figures, spectra
+from hub.results import PublishError, Record, recipe_for
+from tests.support.weight_files import Project, made_up
 from timm_nonlocal import paper
 
 EPOCHS = (36, 82, 125, 164)
@@ -20,7 +22,7 @@ def top(negative: int, largest_positive: float = 0.3) -> list[float]:
     return sorted(values, key=abs, reverse=True)
 
 
-def made_run(architecture: str, *blocks: list[float], loss: float = 0.1, **more) -> dict:
+def made_run(architecture: str, *blocks: list[float], loss: float = 0.1, **more: Any) -> dict:
     kept = [{'epoch': epoch, 'blocks': [{'eigenvalues': block} for block in blocks]} for epoch in EPOCHS]
     return made_up(architecture, spectra=kept, train_loss=[2.0, 1.0, loss], **more)
 
@@ -33,11 +35,11 @@ def everything() -> list[dict]:
         made_run('preresnet20_nl_proposed_k4', *([top(9)] * 4))]
 
 
-def panels(drawn) -> list:
+def panels(drawn: Any) -> list:
     return [panel for found in drawn.values() for panel in found]
 
 
-def test_all_panels_and_their_captions(everything):
+def test_all_panels_and_their_captions(everything: list[Record]) -> None:
     drawn = figures.collect(everything, [])
     assert [len(found) for found in drawn.values()] == [3, 3, 2, 1] and not any(p.missing for p in panels(drawn))
     assert all('. Agrees' in panel.verdict for panel in panels(drawn)), [p.verdict for p in panels(drawn)]
@@ -48,32 +50,65 @@ def test_all_panels_and_their_captions(everything):
     assert '- 4 sub-blocks: 23, 23, 23 and 23 of the top 32 are positive' in captions[4]
 
 
-def test_captions_say_what_does_not_agree():
+def test_captions_say_what_does_not_agree() -> None:
     runs = [made_run(f'preresnet20_nl_original_k{k}', *([top(16)] * k)) for k in (1, 2, 3, 4)] + [
         made_run('preresnet20_nl_proposed_k4', top(9), top(9), top(9), top(20))]
     verdicts = [panel.verdict for panel in panels(figures.collect(runs, []))]
     assert len(verdicts) == 9 and all('. Does not agree' in verdict for verdict in verdicts), verdicts
 
 
-def test_a_run_that_diverged_is_said_to_have(everything):
-    everything[3]['train_loss'] = [2.0, math.nan, math.nan]
-    assert 'with 4 it diverged' in figures.captions(figures.collect(everything, []))[3]
+def test_a_run_that_diverged_is_said_to_have(everything: list[Record]) -> None:
+    everything[3] |= {'train_loss': [2.0, None], 'diverged_epoch': 2}
+    drawn = figures.collect(everything, [])
+    curve, spectrum = drawn[3]
+    assert math.isnan(curve.series['preresnet20_nl_original_k4'][-1]), 'its curve is there to see'
+    assert curve.verdict.startswith('not judged: with 4 it diverged') and 'gree' not in curve.verdict
+    assert spectrum.missing == ['weights of preresnet20_nl_original_k4.cifar10'], 'but it stands for nothing'
+    everything.append({**made_run('preresnet20_nl_original_k4', *([top(20)] * 3), top(16, 0.9), loss=1.1), 'seed': 1})
+    drawn = figures.collect(everything, [])
+    assert '. Agrees' in drawn[3][0].verdict and not drawn[3][1].missing, 'a run that did not stands for the network'
 
 
-def test_another_recipe_is_said_to_be_one(everything):
+def test_a_panel_shows_one_recipe(everything: list[Record]) -> None:
+    for run in everything[:4]:
+        run['train_loss'] = [3.0, 2.0, 0.4]
+    short = [made_run(run['architecture'], loss=0.2, recipe=recipe_for(run['architecture'], 'short').to_dict())
+             for run in everything[:4]]
+    caption = figures.captions(figures.collect(everything + short, []))[3]
+    assert 'final training loss 0.400, 0.400, 0.400 and 0.400 ' in caption and '(recipe paper)' in caption
+    drawn = figures.collect(everything[:2] + everything[3:] + short, [])[3][0]
+    assert not drawn.missing and 'final training loss 0.200, 0.200, 0.200 and 0.200 ' in drawn.verdict
+    assert drawn.verdict.endswith('(recipe short)')
+
+
+def test_the_nearest_kept_epoch_is_taken_and_named(everything: list[Record]) -> None:
+    everything[0]['spectra'][1] = {**everything[0]['spectra'][1], 'epoch': 84}
+    assert '- (b) epoch 82: after epoch 84 of 164: 28 of the top 32' in figures.captions(
+        figures.collect(everything, []))[2]
+    everything[0]['spectra'][1]['epoch'] = 86  # more than 2 % of the run away
+    assert figures.collect(everything, [])[2][1].missing == [
+        'the spectrum after epoch 82 of preresnet20_nl_original_k1.cifar10']
+    everything[0]['spectra'] += [{**everything[0]['spectra'][1], 'epoch': epoch} for epoch in (83, 81)]
+    kept = spectra.kept(everything[0], 82), spectra.kept(everything[0])
+    assert [found and found.epoch for found in kept] == [81, 164]
+
+
+def test_another_recipe_is_said_to_be_one(everything: list[Record]) -> None:
     everything[0]['recipe'] = {**everything[0]['recipe'], 'epochs': 10}
     drawn = figures.collect(everything, [])
     assert drawn[1][0].missing == ['weights of preresnet20_nl_original_k1.cifar10'], 'it does not count'
 
 
-def test_the_run_with_the_median_error_stands_for_a_network():
+def test_the_run_with_the_median_error_stands_for_a_network() -> None:
     runs = [made_run('preresnet20_nl_original_k1', top(negative), seed=seed, error=error)
             for seed, (negative, error) in enumerate(((20, 8.0), (25, 7.0), (30, 7.5)))]
     (panel, *_) = figures.collect(runs, [])[1]
     assert sum(value < 0 for value in panel.series['block 1']) == 30
 
 
-def test_missing_panels_are_named_and_the_others_drawn(everything, tmp_path, monkeypatch, capsys):
+def test_missing_panels_are_named_and_the_others_drawn(
+        everything: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
+        pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(figures, 'FOLDER', tmp_path)
     monkeypatch.setattr(figures, 'HUB', tmp_path)
     monkeypatch.setattr(figures, 'load', lambda: everything[:1])
@@ -92,7 +127,7 @@ def test_missing_panels_are_named_and_the_others_drawn(everything, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ['figure1.png', 'figure2.png', 'figure3.png']
 
 
-def test_pictures_know_their_data(everything, tmp_path, monkeypatch):
+def test_pictures_know_their_data(everything: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, 'FOLDER', tmp_path)
     monkeypatch.setattr(figures, 'HUB', tmp_path / 'hub')
     drawn = figures.collect(everything, [])
@@ -108,17 +143,17 @@ def test_pictures_know_their_data(everything, tmp_path, monkeypatch):
     assert len(figures.stale(figures.collect([], []))) == 4, 'pictures of nothing'
 
 
-def test_results_that_cannot_be_used(monkeypatch, capsys):
-    def load():
+def test_results_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def load() -> None:
         raise PublishError('line 3 is not a JSON object')
     monkeypatch.setattr(figures, 'load', load)
     assert figures.main([]) == 2 and capsys.readouterr().err == 'error: line 3 is not a JSON object\n'
 
 
-def test_the_command_draws_shipped_weights(zoo, tmp_path):
-    """Figure 4 of the zoo's own weights; all else is missing."""
-    picture, other = zoo.root / 'hub/figures/figure4.png', Zoo(tmp_path / 'copy')
-    shutil.copytree(zoo.root, other.root)
+def test_the_command_draws_shipped_weights(project: Project, tmp_path: Path) -> None:
+    """Figure 4 of the project's own weights; all else is missing."""
+    picture, other = project.root / 'hub/figures/figure4.png', Project(tmp_path / 'copy')
+    shutil.copytree(project.root, other.root)
     done = other.run('-c', 'import sys; from hub import cards, figures\n'
                            'print(cards.main(["--check"]), figures.main([]))\n'
                            'figures.picture(4).unlink(); print(cards.main(["--check"]))')
@@ -127,10 +162,10 @@ def test_the_command_draws_shipped_weights(zoo, tmp_path):
     assert len(missing) == 11 and not any('Figure 4' in line for line in missing)
     assert drift == 'hub/figures/figure4.png does not show the present data: run python -m hub.figures'
     assert [path.name for path in picture.parent.iterdir()] == [picture.name]
-    card = (zoo.root / 'MODEL_CARD.md').read_text()
+    card = (project.root / 'MODEL_CARD.md').read_text()
     assert 'preresnet20_nl_proposed_k4: epochs 2 in place of 164' in card and '![Figure 4](hub/figures/fig' in card
 
 
-def test_every_panel_names_a_network_of_the_zoo():
+def test_every_panel_names_a_registered_network() -> None:
     names = {name for figure in paper.FIGURES for panel in figure.panels for name in panel.architectures}
     assert names == {*(f'preresnet20_nl_original_k{k}' for k in (1, 2, 3, 4)), 'preresnet20_nl_proposed_k4'}

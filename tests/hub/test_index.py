@@ -5,7 +5,9 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -13,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hub import index as zoo
+from hub import index as models
 from tests.support.networks import package_with_weights
 from tests.support.process import ROOT
 from timm_nonlocal.models.preresnet import ARCHITECTURES
@@ -24,19 +26,19 @@ from train.records.runs import Run
 NAME = 'preresnet20_nl_proposed_k2.cifar10'
 
 
-def test_the_readmes_table_is_up_to_date(capsys):
-    assert zoo.main(['--check']) == 0, capsys.readouterr().err
+def test_the_readmes_table_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert models.main(['--check']) == 0, capsys.readouterr().err
 
 
-def macs(model):
+def macs(model: Any) -> Any:
     """Counted on real numbers, attention as its two products; the command counts on the meta device."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
     return counter.get_total_flops() // 2
 
 
-def test_every_model_has_its_row():
-    rows = [line.split(' | ') for line in zoo.table({}).splitlines()[2:]]
+def test_every_model_has_its_row() -> None:
+    rows = [line.split(' | ') for line in models.table({}).splitlines()[2:]]
     names = [row[0].strip('| `') for row in rows]
     assert set(names) == {*ARCHITECTURES, *timm.list_models(module='resnet_nl')} and len(names) == len(set(names))
     for name, row in zip(names, rows, strict=True):
@@ -47,7 +49,7 @@ def test_every_model_has_its_row():
 
 
 @pytest.fixture
-def root(tmp_path):
+def root(tmp_path: Path) -> Any:
     """A repository with one weight file and the results line of its run."""
     package_with_weights(tmp_path, NAME)
     (tmp_path / 'hub').mkdir()
@@ -55,29 +57,30 @@ def root(tmp_path):
     line = {'architecture': 'preresnet20_nl_proposed_k2', 'dataset': 'cifar10', 'seed': 3, 'final_error': 7.25,
             'mixed_precision': 'bf16', 'recipe': {'epochs': 164, 'milestones': [81, 122]},
             'best_error': 7.0, 'best_epoch': 160, 'train_loss': [], 'train_error': [], 'test_error': [],
-            'sha256': hashlib.sha256((tmp_path / zoo.WEIGHTS / f'{NAME}.safetensors').read_bytes()).hexdigest()}
-    (tmp_path / zoo.RESULTS).write_text(json.dumps({**line, 'sha256': '0', 'final_error': 1.0}) + '\n'
+            'sha256': hashlib.sha256((tmp_path / models.WEIGHTS / f'{NAME}.safetensors').read_bytes()).hexdigest()}
+    (tmp_path / models.RESULTS).write_text(json.dumps({**line, 'sha256': '0', 'final_error': 1.0}) + '\n'
                                             + json.dumps(line) + '\n')
     return tmp_path
 
 
-def test_errors_come_from_the_results_line_with_the_files_sha256(root, capsys):
-    index = root / zoo.WEIGHTS / 'index.json'
+def test_errors_come_from_the_results_line_with_the_files_sha256(
+        root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = root / models.WEIGHTS / 'index.json'
     index.write_text(json.dumps({NAME: {'hf_hub_id': 'someone/it', 'test_error': 99},
                                  'preresnet56.cifar100': {'hf_hub_id': 'someone/other'}}))
-    assert zoo.main(['--check'], root) == 1
+    assert models.main(['--check'], root) == 1
     assert 'index.json is out of date: run python -m hub.index' in capsys.readouterr().err
-    assert zoo.main([], root) == zoo.main(['--check'], root) == 0
+    assert models.main([], root) == models.main(['--check'], root) == 0
     entries = json.loads(index.read_text())
     model = timm.create_model(NAME).eval()
     assert entries[NAME] == {
         'hf_hub_id': 'someone/it', 'test_error': 7.25, 'macs': macs(model),
         'num_params': sum(p.numel() for p in model.parameters()),
-        'sha256': hashlib.sha256((root / zoo.WEIGHTS / f'{NAME}.safetensors').read_bytes()).hexdigest(),
+        'sha256': hashlib.sha256((root / models.WEIGHTS / f'{NAME}.safetensors').read_bytes()).hexdigest(),
         'recipe': 'accelerate launch --mixed_precision bf16 train/cifar.py --model preresnet20_nl_proposed_k2 '
                   '--dataset cifar10 --seed 3 --recipe paper'}
     assert entries['preresnet56.cifar100'] == {'hf_hub_id': 'someone/other'}
-    assert zoo.main(['--namespace', 'us'], root) == 0
+    assert models.main(['--namespace', 'us'], root) == 0
     assert {name: entry['hf_hub_id'] for name, entry in json.loads(index.read_text()).items()} == {
         NAME: f'us/{NAME}', 'preresnet56.cifar100': 'someone/other'}
     row = next(line for line in (root / 'README.md').read_text().splitlines() if '`preresnet20_nl_proposed_k2`' in line)
@@ -85,10 +88,10 @@ def test_errors_come_from_the_results_line_with_the_files_sha256(root, capsys):
     assert not list(root.glob('**/*.part'))
 
 
-def test_the_command_of_a_run_makes_that_run():
+def test_the_command_of_a_run_makes_that_run() -> None:
     run = Run('preresnet20_nl_original_k4', 'cifar10', 2, replace(PAPER, lr=0.01, milestones=(3, 5)),
               ("nl_args={'scale': 1.0}", 'drop_rate=0.1'), 40, 'bf16')
-    words = shlex.split(zoo.command(run.to_dict()))
+    words = shlex.split(models.command(run.to_dict()))
     assert words[:5] == ['accelerate', 'launch', '--mixed_precision', 'bf16', 'train/cifar.py']
     accelerator = SimpleNamespace(mixed_precision=words[3], num_processes=1)
     runs, _folders, _processes = cifar.runs_of_process(cifar.parse(words[5:]), accelerator)
@@ -96,14 +99,14 @@ def test_the_command_of_a_run_makes_that_run():
 
 
 @pytest.mark.parametrize('change', ['content', 'name'])
-def test_a_file_that_no_run_accounts_for(root, change, capsys):
-    file = root / zoo.WEIGHTS / f'{NAME}.safetensors'
+def test_a_file_that_no_run_accounts_for(root: Path, change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = root / models.WEIGHTS / f'{NAME}.safetensors'
     if change == 'content':
         file.write_bytes(file.read_bytes()[:-4] + b'....')
     else:
         file.rename(file.with_name('preresnet20_nl_proposed_k2.cifar100.safetensors'))
     before = (root / 'README.md').read_bytes()
-    assert zoo.main([], root) == 2
+    assert models.main([], root) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: preresnet20_nl_proposed_k2.cifar') and error.count('\n') == 1
     known = {'content': 'no line of results.jsonl has its sha256', 'name': 'says that these weights are'}[change]
@@ -111,7 +114,8 @@ def test_a_file_that_no_run_accounts_for(root, change, capsys):
     assert (root / 'README.md').read_bytes() == before
 
 
-def test_a_readme_without_the_markers(root, capsys):
+def test_a_readme_without_the_markers(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / 'README.md').write_text('# Nothing\n')
-    assert zoo.main([], root) == 2
-    assert 'README.md: put the table between one line <!-- models' in capsys.readouterr().err
+    assert models.main([], root) == 2
+    assert capsys.readouterr().err.startswith(
+        'error: README.md: the lines <!-- begin models: made by python -m hub.index --> and <!-- end models --> must')

@@ -7,10 +7,14 @@ import itertools
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.support.weight_files import NETWORKS, Worker
+from tests.support.hub_double import HubDouble
+from tests.support.weight_files import NETWORKS, Project, Worker
 
 NAME = f'{NETWORKS[1]}.cifar10'
 HUB_NAME = f'hf-hub:alice/{NAME}'
@@ -31,13 +35,13 @@ except Exception as error:
 
 
 @pytest.fixture(scope='module')
-def start(request, zoo):
+def start(request: pytest.FixtureRequest, project: Project) -> Iterator[Any]:
     """Starts a process that loads what it is asked for. Environment variables are the client's."""
     workers = []
 
-    def start(hub, home, *wrapper: str, **more: str) -> Worker:
-        env = zoo.environment(**{**zoo.client(hub, home), **more})
-        workers.append(Worker(SETUP, LOAD, env, zoo.root, request.config.getoption('--loader'), wrapper))
+    def start(hub: HubDouble, home: Path, *wrapper: str, **more: str) -> Worker:
+        env = project.environment(**{**project.client(hub, home), **more})
+        workers.append(Worker(SETUP, LOAD, env, project.root, request.config.getoption('--loader'), wrapper))
         return workers[-1]
 
     yield start
@@ -46,19 +50,19 @@ def start(request, zoo):
 
 
 @pytest.fixture(scope='module')
-def loader(start, published, tmp_path_factory):
+def loader(start: Any, published: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One such process that every test here shares, with a cache of its own for every load."""
     worker, home = start(published[0], tmp_path_factory.mktemp('loader')), tmp_path_factory.mktemp('caches')
     numbers = itertools.count()
 
-    def load(name: str = HUB_NAME, cache=None, **more):
+    def load(name: str = HUB_NAME, cache: Any = None, **more: Any) -> Any:
         return worker(name=name, cache=str(cache or home / str(next(numbers))), **more)[0]
 
     return load
 
 
 @pytest.fixture
-def hub(published):
+def hub(published: Any) -> Iterator[Any]:
     hub, _, _ = published
     hub.reset()
     yield hub
@@ -66,28 +70,29 @@ def hub(published):
 
 
 @pytest.fixture(scope='module')
-def logits(loader):
+def logits(loader: Any) -> Any:
     """Those of the weights in the package."""
     logits = loader(NAME)
     assert isinstance(logits, list), logits
     return logits
 
 
-def test_the_hub_gives_the_network_of_the_package(hub, loader, logits):
+def test_the_hub_gives_the_network_of_the_package(hub: HubDouble, loader: Any, logits: Any) -> None:
     (tag,) = hub.store.repositories[f'alice/{NAME}'].tags
     head = hub.store.repositories[f'alice/{NAME}'].branches['main']
     for revision in ('', f'@{tag}', f'@{head}'):
         assert loader(HUB_NAME + revision) == logits
 
 
-def test_without_our_import_timm_knows_no_such_model(hub, zoo, tmp_path, request):
+def test_without_our_import_timm_knows_no_such_model(
+        hub: HubDouble, project: Project, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     done = subprocess.run(
         [request.config.getoption('--loader'), '-c', f'import timm; timm.create_model({HUB_NAME!r}, pretrained=True)'],
-        env=zoo.environment(**zoo.client(hub, tmp_path)), capture_output=True, text=True)
+        env=project.environment(**project.client(hub, tmp_path)), capture_output=True, text=True)
     assert done.returncode == 1 and 'Unknown model' in done.stderr
 
 
-def test_a_second_load_comes_from_the_cache(hub, loader, logits, tmp_path):
+def test_a_second_load_comes_from_the_cache(hub: HubDouble, loader: Any, logits: Any, tmp_path: Path) -> None:
     assert loader(cache=tmp_path) == logits
     hub.reset()
     assert loader(cache=tmp_path) == logits and not hub.requests('GET', 'safetensors|objects')
@@ -102,7 +107,8 @@ LOGIN, LOGOUT = "import os; os.environ['HF_TOKEN'] = 'hf_bob'", "import os; os.e
     ('private', LOGIN, HUB_NAME, 'RepositoryNotFoundError'), ('gated', LOGIN, HUB_NAME, 'GatedRepoError'),
     ('', LOGOUT, f'{HUB_NAME}@nowhere', 'RevisionNotFoundError'),
 ], ids=['401-missing', '401-private', '404-missing', '404-private', '403-gated', '404-revision'])
-def test_what_may_not_or_cannot_be_loaded(hub, loader, state, login, name, error):
+def test_what_may_not_or_cannot_be_loaded(
+        hub: HubDouble, loader: Any, state: str, login: str, name: str, error: str) -> None:
     """The client calls a 401 a missing repository, but only for addresses that start with https."""
     hub.add_account('bob', 'hf_bob')
     if state:
@@ -117,7 +123,7 @@ def test_what_may_not_or_cannot_be_loaded(hub, loader, state, login, name, error
     dict(method='GET', path='/objects/', cut=300_000), dict(method='GET', path='/objects/', cut=0),
     dict(method='GET', path='config.json', cut=5),
 ], ids=['weights', 'nothing', 'config'])
-def test_a_connection_that_breaks_off(hub, loader, logits, fault):
+def test_a_connection_that_breaks_off(hub: HubDouble, loader: Any, logits: Any, fault: Any) -> None:
     fault = hub.fail(**fault)
     result = loader()
     assert fault.times == 0
@@ -126,7 +132,7 @@ def test_a_connection_that_breaks_off(hub, loader, logits, fault):
     assert result == logits
 
 
-def test_a_server_that_ignores_ranges_and_breaks_off(hub, loader, logits):
+def test_a_server_that_ignores_ranges_and_breaks_off(hub: HubDouble, loader: Any, logits: Any) -> None:
     hub.ignores_ranges = True
     hub.fail('GET', '/objects/', cut=300_000)
     result = loader()
@@ -135,7 +141,7 @@ def test_a_server_that_ignores_ranges_and_breaks_off(hub, loader, logits):
 
 @pytest.mark.parametrize(('status', 'path'), [(429, '/objects/'), (503, '/objects/'), (429, '/resolve/'),
                                               (503, '/resolve/')])
-def test_errors_that_pass(hub, loader, logits, status, path):
+def test_errors_that_pass(hub: HubDouble, loader: Any, logits: Any, status: int, path: str) -> None:
     """The client waits and goes on, or says so and the next call succeeds from the same cache."""
     fault = hub.fail('GET' if 'objects' in path else 'HEAD', path, status=status, headers={'Retry-After': '0'})
     result = loader()
@@ -146,7 +152,7 @@ def test_errors_that_pass(hub, loader, logits, status, path):
     assert result == logits
 
 
-def test_offline(hub, start, loader, logits, tmp_path):
+def test_offline(hub: HubDouble, start: Any, loader: Any, logits: Any, tmp_path: Path) -> None:
     offline = start(hub, tmp_path / 'home', HF_HUB_OFFLINE='1')
     answer, _ = offline(name=HUB_NAME, cache=str(tmp_path / 'cache'))
     assert isinstance(answer, str) and ('LocalEntryNotFoundError' in answer or 'OfflineModeIsEnabled' in answer)
@@ -162,9 +168,10 @@ FREE_SPACE = {
 
 
 @pytest.mark.parametrize('kind', FREE_SPACE)
-def test_a_full_cache_disk(hub, start, logits, tmp_path, kind):
+def test_a_full_cache_disk(hub: HubDouble, start: Any, logits: Any, tmp_path: Path, kind: str) -> None:
     """The load fails and leaves nothing that a later one, with space, would take for the file."""
     disk = tmp_path / 'disk'
+    wrapper: tuple[str, ...]
     disk.mkdir()
     if kind == 'disk':
         if subprocess.run(['unshare', '-rm', 'mount', '-t', 'tmpfs', 'tmpfs', disk], capture_output=True).returncode:
@@ -180,7 +187,7 @@ def test_a_full_cache_disk(hub, start, logits, tmp_path, kind):
 
 
 @pytest.fixture
-def mirror(request, published, tmp_path):
+def mirror(request: pytest.FixtureRequest, published: Any, tmp_path: Path) -> Iterator[Any]:
     """olah, a read-only mirror, in front of the double; its address."""
     command, hub = request.config.getoption('--olah'), published[0]
     if not command:
@@ -204,7 +211,7 @@ def mirror(request, published, tmp_path):
     process.wait(30)
 
 
-def test_through_a_mirror(hub, mirror, start, logits, tmp_path):
+def test_through_a_mirror(hub: HubDouble, mirror: str, start: Any, logits: Any, tmp_path: Path) -> None:
     worker = start(hub, tmp_path / 'home', HF_ENDPOINT=mirror)
     assert worker(name=HUB_NAME, cache=str(tmp_path / 'first'))[0] == logits
     hub.reset()
@@ -212,7 +219,7 @@ def test_through_a_mirror(hub, mirror, start, logits, tmp_path):
     assert not hub.requests('GET', '/objects/'), 'the mirror keeps what it has read'
 
 
-def test_transformers_wrapper(hub, zoo, request, tmp_path):
+def test_transformers_wrapper(hub: HubDouble, project: Project, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """After importing our package, transformers loads the published folder as any timm model, with its labels."""
     code = """
 import timm, timm_nonlocal, torch
@@ -229,6 +236,7 @@ AutoImageProcessor.from_pretrained('alice/NAME')
     python = request.config.getoption('--loader')
     if subprocess.run([python, '-c', 'import transformers'], capture_output=True).returncode:
         pytest.skip('transformers is not installed beside the loading Python')
-    done = subprocess.run([python, '-c', code.replace('NAME', NAME)], env=zoo.environment(**zoo.client(hub, tmp_path)),
-                          cwd=zoo.root, capture_output=True, text=True)
+    env = project.environment(**project.client(hub, tmp_path))
+    done = subprocess.run([python, '-c', code.replace('NAME', NAME)], env=env, cwd=project.root, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr

@@ -4,13 +4,16 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.support.hub_double import HubDouble, xet
 from tests.support.hub_double.store import Blob
-from tests.support.weight_files import NETWORKS, PUBLISH, PUBLISHER, UNVERIFIED, Worker, Zoo
+from tests.support.weight_files import NETWORKS, PUBLISH, PUBLISHER, UNVERIFIED, Project, Worker
 
 NAMES = [f'{network}.cifar10' for network in NETWORKS]
 PLAIN, NONLOCAL = NAMES
@@ -18,11 +21,11 @@ NUMBERS = itertools.count(1)
 UPLOADS = r'/commit/|/objects/|info/lfs|preupload'
 
 
-def uploads(log) -> list:
+def uploads(log: Any) -> list:
     return [line for line in log if line.method in ('POST', 'PUT') and re.search(UPLOADS, line.path)]
 
 
-def test_publishes_everything_and_verifies_it(published, zoo):
+def test_publishes_everything_and_verifies_it(published: Any, project: Project) -> None:
     hub, command, _ = published
     assert (command.returncode, command.stderr) == (0, ''), command
     lines = command.stdout.splitlines()
@@ -31,14 +34,14 @@ def test_publishes_everything_and_verifies_it(published, zoo):
     for name in NAMES:
         repository = hub.store.repositories[f'alice/{name}']
         files = repository.commits[repository.branches['main']].files
-        weights = (zoo.root / f'timm_nonlocal/weights/{name}.safetensors').read_bytes()
+        weights = (project.root / f'timm_nonlocal/weights/{name}.safetensors').read_bytes()
         assert files['model.safetensors'].data == weights
         pictures = {'curve.png', 'curve.csv'} | ({'spectrum.png', 'inspect.json'} if name == NONLOCAL else set())
         assert files.keys() == {'.gitattributes', 'model.safetensors', 'config.json', 'README.md', *pictures}
         assert repository.tags == {f'weights-{files["model.safetensors"].sha256[:12]}': repository.branches['main']}
 
 
-def test_what_is_published_names_no_path_and_no_placeholder(published, zoo):
+def test_what_is_published_names_no_path_and_no_placeholder(published: Any, project: Project) -> None:
     hub, _, _ = published
     repository = hub.store.repositories[f'alice/{NONLOCAL}']
     files = repository.commits[repository.branches['main']].files
@@ -51,33 +54,34 @@ def test_what_is_published_names_no_path_and_no_placeholder(published, zoo):
     assert files['curve.csv'].data.splitlines()[0].split(b',') == [b'epoch', b'train_loss', b'train_error',
                                                                   b'test_error']
     for path, blob in files.items():
-        assert str(zoo.root).encode() not in blob.data, path
+        assert str(project.root).encode() not in blob.data, path
 
 
-def test_verification_read_as_a_stranger_and_inspect_read_ranges(published):
+def test_verification_read_as_a_stranger_and_inspect_read_ranges(published: Any) -> None:
     _, _, log = published
     assert not [line for line in log if line.method in ('GET', 'HEAD') and '/resolve/' in line.path and line.authorized]
     ranges = [line.range for line in log if line.server == 'cdn' and line.method == 'GET' and line.range]
     assert ranges, 'inspect read no range'
 
 
-def test_publishing_again_uploads_nothing(published, zoo, tmp_path):
+def test_publishing_again_uploads_nothing(published: Any, project: Project, tmp_path: Path) -> None:
     """From a folder that is built anew: what did not change is built to the same bytes."""
     hub, _, _ = published
     hub.reset()
-    again = zoo.run('-c', PUBLISH, NONLOCAL, '--namespace', 'alice', **zoo.client(hub, tmp_path, HF_TOKEN='hf_alice'))
+    again = project.run('-c', PUBLISH, NONLOCAL, '--namespace', 'alice',
+                        **project.client(hub, tmp_path, HF_TOKEN='hf_alice'))
     assert (again.returncode, again.stderr) == (0, ''), again
     assert 'nothing to upload' in again.stdout and again.stdout.endswith('verified\n')
     assert uploads(hub.log) == []
 
 
-def test_through_xet(zoo, tmp_path):
+def test_through_xet(project: Project, tmp_path: Path) -> None:
     if not xet.works():
         pytest.skip('hf_xet has no local storage here')
     with HubDouble(xet=True) as hub:
         hub.add_account('alice', 'hf_alice')
-        done = zoo.run('-c', PUBLISH, NONLOCAL, '--namespace', 'alice', '--private',
-                       **zoo.client(hub, tmp_path, HF_TOKEN='hf_alice'))
+        done = project.run('-c', PUBLISH, NONLOCAL, '--namespace', 'alice', '--private',
+                       **project.client(hub, tmp_path, HF_TOKEN='hf_alice'))
         assert (done.returncode, done.stderr) == (0, ''), done
         repository = hub.store.repositories[f'alice/{NONLOCAL}']
         files = repository.commits[repository.branches['main']].files
@@ -86,22 +90,22 @@ def test_through_xet(zoo, tmp_path):
 
 
 @pytest.fixture(scope='module')
-def hub():
+def hub() -> Iterator[Any]:
     with HubDouble() as hub:
         yield hub
 
 
 @pytest.fixture(scope='module')
-def publisher(hub, zoo, tmp_path_factory):
+def publisher(hub: HubDouble, project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The command in one process, with folders built once and no verification: what the Hub answers is at test."""
-    worker = Worker(UNVERIFIED, PUBLISHER, zoo.environment(
-        **zoo.client(hub, tmp_path_factory.mktemp('home'), HF_TOKEN='hf_alice')), zoo.root)
+    worker = Worker(UNVERIFIED, PUBLISHER, project.environment(
+        **project.client(hub, tmp_path_factory.mktemp('home'), HF_TOKEN='hf_alice')), project.root)
     yield lambda *argv: worker(argv=argv)
     worker.close()
 
 
 @pytest.fixture
-def namespace(hub) -> str:
+def namespace(hub: HubDouble) -> str:
     """One of this test's own, in which alice may write."""
     hub.reset()
     name = f'org{next(NUMBERS)}'
@@ -109,7 +113,7 @@ def namespace(hub) -> str:
     return name
 
 
-def test_no_access_stops_at_once(hub, publisher, namespace):
+def test_no_access_stops_at_once(hub: HubDouble, publisher: Any, namespace: str) -> None:
     for account, message in ((None, 'hf auth login'), (('bob', 'hf_alice'), 'the token may not write there'),
                              (('alice', 'hf_alice', 'read', (namespace,)), 'the token may not write there')):
         hub.store.accounts.clear()
@@ -134,7 +138,8 @@ def test_no_access_stops_at_once(hub, publisher, namespace):
     (dict(method='POST', path='/tag/', status=409, message='Tag reference exists already'), 'tag', 'exists already'),
     (dict(method='GET', path='/refs', status=502), 'tag', '502'),
 ], ids=['500-create', '404', '412', '429', '503', 'cut', 'cut-after', '409', '502-tag'])
-def test_a_failure_says_what_is_missing_and_the_same_command_continues(hub, publisher, namespace, fault, step, message):
+def test_a_failure_says_what_is_missing_and_the_same_command_continues(
+        hub: HubDouble, publisher: Any, namespace: str, fault: Any, step: str, message: str) -> None:
     hub.fail(**fault)
     code, said = publisher('--namespace', namespace)
     steps = ('build', 'create', 'upload', 'tag', 'verify')
@@ -158,13 +163,13 @@ def test_a_failure_says_what_is_missing_and_the_same_command_continues(hub, publ
     dict(method='PUT', path='/objects/', status=503), dict(method='PUT', path='/objects/', cut=2000),
     dict(method='POST', path='/preupload/', status=429, headers={'Retry-After': '0'}),
 ], ids=['503', 'cut', '429'])
-def test_what_the_client_tries_again_by_itself(hub, publisher, namespace, fault):
+def test_what_the_client_tries_again_by_itself(hub: HubDouble, publisher: Any, namespace: str, fault: Any) -> None:
     fault = hub.fail(**fault)
     code, said = publisher(NONLOCAL, '--namespace', namespace)
     assert fault.times == 0 and code == 0, said
 
 
-def test_only_what_changed_is_uploaded_and_a_tag_never_moves(hub, publisher, namespace):
+def test_only_what_changed_is_uploaded_and_a_tag_never_moves(hub: HubDouble, publisher: Any, namespace: str) -> None:
     repo = f'{namespace}/{NONLOCAL}'
     assert publisher(NONLOCAL, '--namespace', namespace)[0] == 0
     repository = hub.store.repositories[repo]
@@ -184,18 +189,19 @@ def test_only_what_changed_is_uploaded_and_a_tag_never_moves(hub, publisher, nam
     assert code == 1 and f'the tag {tag} exists and holds other weights' in said
 
 
-def test_dry_run_lists_the_files_without_a_network(hub, publisher, namespace, zoo):
+def test_dry_run_lists_the_files_without_a_network(
+        hub: HubDouble, publisher: Any, namespace: str, project: Project) -> None:
     code, said = publisher(NONLOCAL, '--namespace', namespace, '--dry-run')
     assert code == 0 and hub.log == []
     listed = {line.split()[0]: line.split()[1:] for line in said.splitlines()}
-    weights = zoo.root / f'timm_nonlocal/weights/{NONLOCAL}.safetensors'
+    weights = project.root / f'timm_nonlocal/weights/{NONLOCAL}.safetensors'
     assert listed.keys() == {f'{namespace}/{NONLOCAL}', 'model.safetensors', 'config.json', 'README.md', 'curve.png',
                              'curve.csv', 'spectrum.png', 'inspect.json'}
     assert listed['model.safetensors'] == [f'{weights.stat().st_size:,}', json.loads(
-        (zoo.root / 'hub/results.jsonl').read_text().splitlines()[1])['sha256']]
+        (project.root / 'hub/results.jsonl').read_text().splitlines()[1])['sha256']]
 
 
-def test_another_branch(hub, publisher, namespace):
+def test_another_branch(hub: HubDouble, publisher: Any, namespace: str) -> None:
     code, _ = publisher(NONLOCAL, '--namespace', namespace, '--revision', 'next')
     repository = hub.store.repositories[f'{namespace}/{NONLOCAL}']
     assert code == 0 and repository.branches.keys() == {'main', 'next'}
@@ -204,7 +210,7 @@ def test_another_branch(hub, publisher, namespace):
     assert publisher(NONLOCAL, '--namespace', namespace, '--revision', 'next')[0] == 0
 
 
-def test_arguments_that_are_off(publisher, namespace):
+def test_arguments_that_are_off(publisher: Any, namespace: str) -> None:
     code, said = publisher('preresnet20_nl_proposed_k3.cifar10', '--namespace', namespace)
     assert (code, said) == (2, f'error: preresnet20_nl_proposed_k3.cifar10 has no weights; these have: {NONLOCAL}, '
                                f'{PLAIN}\n')
@@ -215,20 +221,21 @@ def test_arguments_that_are_off(publisher, namespace):
 @pytest.mark.parametrize(('env', 'message'), [
     pytest.param({'HF_HUB_OFFLINE': '1'}, 'offline', id='offline'),
     pytest.param({'HF_ENDPOINT': 'http://127.0.0.1:9'}, 'refused', id='down', marks=pytest.mark.slow)])
-def test_without_the_hub(publisher, published, zoo, tmp_path, env, message):
-    env = {**zoo.client(published[0], tmp_path, HF_TOKEN='hf_alice'), **env}
-    done = zoo.run('-c', PUBLISH, PLAIN, '--namespace', 'alice', **env)
+def test_without_the_hub(
+        publisher: Any, published: Any, project: Project, tmp_path: Path, env: Any, message: str) -> None:
+    env = {**project.client(published[0], tmp_path, HF_TOKEN='hf_alice'), **env}
+    done = project.run('-c', PUBLISH, PLAIN, '--namespace', 'alice', **env)
     first, *rest = done.stderr.splitlines()
     assert done.returncode == 1 and message in first.lower(), done.stderr
     assert rest == [f'missing: alice/{PLAIN}: create, upload, tag, verify', 'the same command continues']
 
 
-def test_verification_notices_other_weights(published, zoo, tmp_path):
+def test_verification_notices_other_weights(published: Any, project: Project, tmp_path: Path) -> None:
     """The package's files change after publishing: sha256 differs, and so does what inspect finds."""
     hub, _, _ = published
     hub.reset()
-    copy = Zoo(tmp_path / 'copy')
-    shutil.copytree(zoo.root, copy.root)
+    copy = Project(tmp_path / 'copy')
+    shutil.copytree(project.root, copy.root)
     for name, key in ((NONLOCAL, 'layer1.nl.sub_blocks.0.g.weight'), (PLAIN, 'fc.weight')):
         path = copy.root / f'timm_nonlocal/weights/{name}.safetensors'
         tensors = load_file(path)
@@ -236,7 +243,7 @@ def test_verification_notices_other_weights(published, zoo, tmp_path):
         save_file(tensors, path)
     done = copy.run('-c', 'import sys; from hub.verify import main\n'
                           'for name in sys.argv[1:]: print(main([name, f"alice/{name}", "main"]))', *NAMES,
-                    **zoo.client(hub, tmp_path))
+                    **project.client(hub, tmp_path))
     assert done.stdout == '1\n1\n'
     plain, nonlocal_ = done.stderr.splitlines()
     assert plain.startswith('model.safetensors has sha256 ') and nonlocal_ == 'inspect finds another spectrum there'

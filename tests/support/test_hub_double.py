@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -66,7 +69,7 @@ print(json.dumps(seen))
 
 
 @pytest.mark.parametrize('with_xet', [False, True], ids=['lfs', 'xet'])
-def test_every_step_of_the_real_client(with_xet, tmp_path):
+def test_every_step_of_the_real_client(with_xet: bool, tmp_path: Path) -> None:
     if with_xet and not xet.works():
         pytest.skip('hf_xet has no local storage here')
     with HubDouble(xet=with_xet) as hub:
@@ -93,17 +96,17 @@ def test_every_step_of_the_real_client(with_xet, tmp_path):
 
 
 @pytest.fixture
-def hub():
+def hub() -> Iterator[Any]:
     with HubDouble() as hub:
         hub.add_account('alice', 'hf_alice')
         hub.store.create('alice/net', private=False)
         yield hub
 
 
-def ask(hub, method: str, url: str, body=None, token: str | None = 'hf_alice', **headers: str):
+def ask(hub: HubDouble, method: str, url: str, body: Any = None, token: str | None = 'hf_alice', **headers: str) -> Any:
     """Status, headers and body of one plain request; redirects are not followed."""
     parts = urlsplit(url if '//' in url else hub.url + url)
-    connection = HTTPConnection(parts.hostname, parts.port, timeout=10)
+    connection = HTTPConnection(parts.hostname or '', parts.port, timeout=10)
     if token:
         headers['Authorization'] = f'Bearer {token}'
     connection.request(method, f'{parts.path}?{parts.query}', body, headers)
@@ -111,27 +114,27 @@ def ask(hub, method: str, url: str, body=None, token: str | None = 'hf_alice', *
     return answer.status, answer.headers, answer.read()
 
 
-def commit(hub, *operations: dict):
+def commit(hub: HubDouble, *operations: dict) -> Any:
     lines = [{'key': 'header', 'value': {'summary': 'x'}}, *operations]
     return ask(hub, 'POST', '/api/models/alice/net/commit/main', '\n'.join(map(json.dumps, lines)))
 
 
-def test_a_pointer_to_nothing_is_rejected(hub):
+def test_a_pointer_to_nothing_is_rejected(hub: HubDouble) -> None:
     status, _, body = commit(hub, {'key': 'lfsFile', 'value': {'path': 'x.bin', 'oid': 'a' * 64, 'size': 3}})
     assert status == 400 and b'does not exist' in body
 
 
-def test_other_bytes_than_announced_are_rejected(hub):
+def test_other_bytes_than_announced_are_rejected(hub: HubDouble) -> None:
     status, _, _ = ask(hub, 'PUT', f'{hub.cdn_url}/objects/alice/net/{"a" * 64}', b'bytes', token=None)
     assert status == 400 and not hub.store.objects
 
 
-def test_storage_refuses_the_hubs_token(hub):
+def test_storage_refuses_the_hubs_token(hub: HubDouble) -> None:
     status, _, body = ask(hub, 'GET', f'{hub.cdn_url}/objects/alice/net/{"a" * 64}')
     assert status == 400 and b'auth' in body
 
 
-def test_tokens(hub):
+def test_tokens(hub: HubDouble) -> None:
     assert ask(hub, 'GET', '/api/whoami-v2')[0] == 200
     assert ask(hub, 'GET', '/api/whoami-v2', token='hf_wrong')[0] == 401
     hub.add_account('carol', 'hf_carol', role='read', organizations=('alice',))
@@ -139,7 +142,7 @@ def test_tokens(hub):
     assert ask(hub, 'POST', '/api/models/alice/net/tag/main', '{"tag": "t"}', token=None)[0] == 401
 
 
-def test_redirects_and_ranges(hub):
+def test_redirects_and_ranges(hub: HubDouble) -> None:
     data = bytes(range(256)) * 40
     sha256 = hashlib.sha256(data).hexdigest()
     ask(hub, 'PUT', f'{hub.cdn_url}/objects/alice/net/{sha256}', data, token=None)
@@ -163,7 +166,7 @@ def test_redirects_and_ranges(hub):
     assert (status, body) == (206, b'ma') and small['X-Repo-Commit'] == headers['X-Repo-Commit']
 
 
-def test_pages(hub):
+def test_pages(hub: HubDouble) -> None:
     commit(hub, *({'key': 'file', 'value': {'path': f'{number}.txt', 'content': ''}} for number in range(5)))
     found, url = [], '/api/models/alice/net/tree/main?limit=4'
     while url:
@@ -174,17 +177,17 @@ def test_pages(hub):
     assert found == [['.gitattributes', '0.txt', '1.txt', '2.txt'], ['3.txt', '4.txt']]
 
 
-def test_faults_happen_as_often_as_told(hub):
+def test_faults_happen_as_often_as_told(hub: HubDouble) -> None:
     hub.fail('GET', '/whoami', status=429, times=2, headers={'Retry-After': '7'})
     answers = [ask(hub, 'GET', '/api/whoami-v2') for _ in range(3)]
     assert [status for status, _, _ in answers] == [429, 429, 200] and answers[0][1]['Retry-After'] == '7'
 
 
-def test_a_breakdown_of_the_double_itself_is_no_quiet_500():
+def test_a_breakdown_of_the_double_itself_is_no_quiet_500() -> None:
     with pytest.raises(RuntimeError, match='the double broke down'), HubDouble() as hub:
         hub.add_account('alice', 'hf_alice')
         assert ask(hub, 'POST', '/api/repos/create', '{"not what": "is asked"}')[0] == 500
 
 
-def test_it_says_what_it_is():
+def test_it_says_what_it_is() -> None:
     assert 'It is not the Hub, and nothing that reaches it is published.' in hub_double.__doc__

@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from timm_nonlocal import paper
+from hub.results import Record, recipe_for
+from tests.support.hub_double import HubDouble
 
 ROOT = Path(__file__).resolve().parents[2]
 NETWORKS = ('preresnet20', 'preresnet20_nl_proposed_k4')
@@ -28,24 +30,24 @@ for network in networks:
 
 
 def made_up(architecture: str = 'preresnet20', dataset: str = 'cifar10', seed: int = 0, error: float = 8.0,
-            **more) -> dict:
+            **more: Any) -> Record:
     """A line of results.jsonl that no training wrote."""
     return {'architecture': architecture, 'dataset': dataset, 'seed': seed, 'limit': 0, 'model_kwargs': [],
-            'recipe': paper.recipe(architecture), 'mixed_precision': 'no', 'final_error': error,
+            'recipe': recipe_for(architecture, 'paper').to_dict(), 'mixed_precision': 'no', 'final_error': error,
             'best_error': error - 0.5, 'best_epoch': 150, 'train_loss': [2.0, 0.1], 'train_error': [80.0, 1.0],
             'test_error': [80.0, error], 'sha256': f'{architecture}{dataset}{seed}', **more}
 
 
-class Zoo:
+class Project:
     """The copy; `root` is its top. Its commands run as a user runs them, in processes of their own."""
 
     def __init__(self, root: Path):
         self.root = root
 
     @classmethod
-    def make(cls, root: Path, data: Path) -> 'Zoo':
+    def make(cls, root: Path, data: Path) -> 'Project':
         """Trains, lands the weights and their lines as a campaign does, and draws and writes what is made from them."""
-        zoo, results, weights = cls(root), root / 'hub/results.jsonl', root / 'timm_nonlocal/weights'
+        project, results, weights = cls(root), root / 'hub/results.jsonl', root / 'timm_nonlocal/weights'
         for part in ('timm_nonlocal', 'hub', 'train', 'MODEL_CARD.md'):
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
             copy(ROOT / part, root / part)
@@ -53,14 +55,14 @@ class Zoo:
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
         results.write_text('')
-        zoo.check('-c', TRAIN, str(data), *NETWORKS, PYTHONPATH=f'{root}{os.pathsep}{data}')
+        project.check('-c', TRAIN, str(data), *NETWORKS, PYTHONPATH=f'{root}{os.pathsep}{data}')
         for network in NETWORKS:
             run = root / 'runs' / network
             shutil.copy(run / 'model.safetensors', weights / f'{network}.cifar10.safetensors')
             with open(results, 'a') as file:
                 file.write((run / 'results.jsonl').read_text())
-        zoo.check('-c', 'from hub import cards, figures; figures.main([]); cards.main([])')
-        return zoo
+        project.check('-c', 'from hub import cards, figures; figures.main([]); cards.main([])')
+        return project
 
     def environment(self, **more: str) -> dict[str, str]:
         """This environment without anything of the Hub's in it, with the copy's packages first."""
@@ -69,7 +71,7 @@ class Zoo:
                 'HF_HUB_DISABLE_TELEMETRY': '1', **more}
 
     @staticmethod
-    def client(hub, home: Path, **more: str) -> dict[str, str]:
+    def client(hub: HubDouble, home: Path, **more: str) -> dict[str, str]:
         """What turns a Hub client to the double, with nothing in its cache."""
         return {'HF_ENDPOINT': hub.url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_XET': '0' if hub.xet else '1', **more}
 
@@ -88,6 +90,7 @@ BUILT = """
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 import hub.publish as command
 build = command.build
 
@@ -131,8 +134,9 @@ for line in sys.stdin:
         self.process = subprocess.Popen([*wrapper, python, '-c', program], cwd=cwd, env=env, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __call__(self, **ask) -> list:
+    def __call__(self, **ask: Any) -> list:
         """The answer and what was printed."""
+        assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(ask) + '\n')
         self.process.stdin.flush()
         line = self.process.stdout.readline()

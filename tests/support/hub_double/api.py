@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from .store import Account, Blob, Commit, Refused, Repository
 
@@ -41,7 +41,7 @@ class Call(NamedTuple):
         return repository
 
 
-def route(method: str, pattern: str, server: str = 'hub'):
+def route(method: str, pattern: str, server: str = 'hub') -> Callable[[Callable], Callable]:
     def add(function: Callable) -> Callable:
         ROUTES[server].append((method, re.compile(pattern), function))
         return function
@@ -98,7 +98,8 @@ def create(call: Call) -> tuple:
 @route('DELETE', '/api/repos/delete')
 def delete(call: Call) -> tuple:
     wish = call.json()
-    repo_id = f'{wish.get("organization") or call.account.name}/{wish["name"]}'
+    owner = wish.get('organization') or (call.account and call.account.name)
+    repo_id = f'{owner}/{wish["name"]}'
     call.write(repo_id)
     del call.hub.store.repositories[repo_id]
     return 200, {}
@@ -156,11 +157,11 @@ def refs(call: Call, repo: str) -> tuple:
 @route('GET', f'/api/models/{REPO}/commits/{REVISION}')
 def commits(call: Call, repo: str, revision: str) -> tuple:
     repository, history = call.read(repo), []
-    commit = repository.find(revision)
+    commit: Commit | None = repository.find(revision)
     while commit:
         history.append({'id': commit.oid, 'title': commit.title, 'message': '', 'authors': [],
                         'date': '2026-01-01T00:00:00.000Z'})
-        commit = repository.commits.get(commit.parent)
+        commit = repository.commits.get(commit.parent or '')
     return 200, history
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from . import api
@@ -55,7 +55,7 @@ class Answer(NamedTuple):
     """A status, a body (JSON unless bytes) and headers."""
 
     status: int = 200
-    body: object = b''
+    body: Any = b''
     headers: Mapping[str, str] = MappingProxyType({})
 
 
@@ -79,7 +79,7 @@ class HubDouble:
                                   zip(('127.0.0.1', 'localhost'), self._servers.values(), strict=True))
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for server in self._servers.values():
             server.shutdown()
             server.server_close()
@@ -97,7 +97,7 @@ class HubDouble:
     def add_account(self, name: str, token: str, role: str = 'write', organizations: tuple[str, ...] = ()) -> None:
         self.store.accounts[token] = Account(name, role, organizations)
 
-    def fail(self, method: str, path: str, **fault) -> Fault:
+    def fail(self, method: str, path: str, **fault: Any) -> Fault:
         self.faults.append(Fault(method, path, **fault))
         return self.faults[-1]
 
@@ -119,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: HubDouble
     server_name: str
 
-    def log_message(self, *arguments) -> None:
+    def log_message(self, *arguments: object) -> None:
         pass
 
     def handle_one_request(self) -> None:

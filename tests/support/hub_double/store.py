@@ -86,7 +86,7 @@ class Store:
 
     ATTRIBUTES = b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.RLock()
         self.accounts: dict[str, Account] = {}
         self.repositories: dict[str, Repository] = {}

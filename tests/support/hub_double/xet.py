@@ -38,7 +38,7 @@ def _shard_files(shard: bytes) -> Iterator[tuple[str, str]]:
 class XetStorage:
     """One folder of uploads, and a copy of it for every reader."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix='hub-double-xet-'))
         self.uploads = self.folder / 'uploads'
         self.uploads.mkdir()
@@ -61,7 +61,7 @@ class XetStorage:
 
     def read(self, sha256: str, xet_hash: str, size: int) -> bytes:
         """The bytes of an uploaded file, put together by the client's own library. Raises ValueError if they differ."""
-        import hf_xet
+        import hf_xet  # type: ignore[import-untyped]
         target = self.folder / f'{sha256}.bytes'
         with hf_xet.XetSession().new_file_download_group(
                 endpoint=f'local://{self._copy()}', token='xet-read', token_expiry_unix_secs=2 ** 40) as group:
@@ -85,7 +85,8 @@ def works() -> bool:
                                                    token_expiry_unix_secs=2 ** 40) as commit:
             commit.start_upload_bytes(PROBE, sha256=hf_xet.COMPUTE_SHA256)
         sha256 = hashlib.sha256(PROBE).hexdigest()
-        return storage.read(sha256, storage.find(sha256), len(PROBE)) == PROBE
+        found = storage.find(sha256)
+        return found is not None and storage.read(sha256, found, len(PROBE)) == PROBE
     except Exception as error:  # whatever another version of it raises
         print(f'no Xet: {error!r}')
         return False
