@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 __all__ = ['ARXIV', 'CITATION', 'FIGURES', 'FIGURE_DATASET', 'RUNS', 'TABLES', 'TITLE', 'UNRANKED', 'Figure', 'Panel',
-           'Row', 'Table', 'claims', 'error', 'recipe']
+           'Row', 'Table', 'claims', 'error']
 
 TITLE = 'Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling'
 ARXIV = '1806.00681'
