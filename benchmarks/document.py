@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_nonlocal.files import write_text
 from train.records.runs import ROOT
-from train.records.state import write
+
+__all__ = ['REPORT', 'kept', 'put', 'render', 'write_part']
 
 REPORT = ROOT / 'BENCHMARKS.md'
 
@@ -22,8 +24,7 @@ def put(text: str, name: str, part: str) -> str:
 
 def write_part(name: str, part: str) -> None:
     """Puts a part into BENCHMARKS.md."""
-    text = put(REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n', name, part)
-    write(REPORT, lambda path: path.write_text(text))
+    write_text(REPORT, put(REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n', name, part))
 
 
 def kept(name: str) -> Path:
@@ -36,5 +37,5 @@ def render(name: str, files: Sequence[Path], report: Callable[[dict[str, Any]], 
     records = json.loads(kept(name).read_text()) if kept(name).is_file() else {}
     for path in files:
         records |= json.loads(path.read_text())
-    write(kept(name), lambda path: path.write_text(json.dumps(records, indent=1) + '\n'))
+    write_text(kept(name), json.dumps(records, indent=1) + '\n')
     write_part(name, report(records))

@@ -155,7 +155,7 @@ class NonlocalBlock(_Nonlocal):
         if not torch.jit.is_scripting():
             if self.merged and self.affinity.softmax and not _only_plain_tensor_code(x):
                 return _grid(nonlocal_stage(tokens, self.embedding_weights(), [self.g.weight], [self.z.weight],
-                                            self.affinity.scale, difference=False), x)
+                                            self.affinity.scale, formulation='original'), x)
         q, k = self.embed(tokens)
         g = self.g(tokens)  # (B, M, C')
         if not self.merged:

@@ -1,4 +1,4 @@
-"""The chain of a nonlocal stage by matrix products, on any device: A is made for a few images or rows at a time.
+"""The backend by matrix products, on any device: A is made for a few images or rows at a time.
 
     Gⁿ = G⁰ⁿ + Σ_{m<n} Hᵐ Tₙₘᵀ,   Hⁿ = A Gⁿ - Gⁿ,   A = softmax(s Q Kᵀ)
 
@@ -12,14 +12,15 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
 
 import torch
 from torch import Tensor
 
+__all__ = ['ProductBackend']
+
 BLOCK_BYTES = {'cpu': 4 << 20, 'cuda': 128 << 20}  # of one block of rows, or of all images of a chunk, a CPU thread
-CHUNK = 4  # times as many images go through the maps outside of the chain at once: fewer, larger products
-KEEP_BYTES = {'cpu': 64 << 20, 'cuda': 128 << 20}  # A is made once for all sub-blocks up to this size, else for each
+CHUNK = 4  # times as many images go through the maps outside of the backend at once: fewer, larger products
+REUSE_BYTES = {'cpu': 64 << 20, 'cuda': 128 << 20}  # A is made once for all sub-blocks up to this size, else for each
 
 
 @functools.cache
@@ -45,22 +46,22 @@ def linear_product(a: Tensor, b: Tensor) -> Tensor:
     return product if x is a else product.T
 
 
-class ProductChain:
-    """The chain of one call of the stage; its buffers are used again for every chunk of images.
+class ProductBackend:
+    """Hⁿ and their gradients in one call of the stage; its buffers are used again for every chunk of images.
 
     Args:
         like: gives the device and the dtype.
         positions: M.
         inner: C'.
         scale: s.
-        difference: Hⁿ = A Gⁿ - Gⁿ; False takes A Gⁿ.
+        formulation: 'proposed' has Hⁿ = A Gⁿ - Gⁿ, 'original' A Gⁿ.
 
     Attributes:
         dtype: what the tensors given to `forward` and `backward` must have, see `operands`.
         images: how many images `forward` and `backward` take at most.
     """
 
-    statistics = 0  # numbers noted about each row of A
+    stats_per_row = 0  # numbers noted about each row of A
     halves = 1  # of H; a second one would hold what rounding took off it
 
     @staticmethod
@@ -69,11 +70,11 @@ class ProductChain:
         native = like.is_cuda or (like.dtype == torch.bfloat16 and multiplies_bfloat16())
         return like.dtype if native else torch.promote_types(like.dtype, torch.float32)
 
-    def __init__(self, like: Tensor, positions: int, inner: int, scale: float, difference: bool = True):
+    def __init__(self, like: Tensor, positions: int, inner: int, scale: float, formulation: str = 'proposed'):
         self.device, device = like.device, 'cuda' if like.is_cuda else 'cpu'
         self.dtype = self.operands(like)
         self.sums = torch.promote_types(self.dtype, torch.float32) if like.is_cuda else self.dtype
-        self.inner, self.scale, self.minus = inner, scale, int(difference)
+        self.inner, self.scale, self.minus = inner, scale, int(formulation == 'proposed')
         row = positions * self.sums.itemsize
         block = BLOCK_BYTES[device] * (1 if like.is_cuda else torch.get_num_threads())
         step = max(1, min(positions, block // row))
@@ -81,38 +82,38 @@ class ProductChain:
         self.one_by_one = self.dtype == torch.float32 and device == 'cpu' and onednn_is_faster()
         self.together = 1 if self.one_by_one else max(1, block // (positions * row))
         self.images = self.together * (1 if like.is_cuda else CHUNK)
-        self.keep = positions * row <= KEEP_BYTES[device]
+        self.reuse = positions * row <= REUSE_BYTES[device]
         self.buffers: dict[str, Tensor] = {}
 
-    def forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, rows: Tensor, t: Tensor) -> None:
+    def forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, row_stats: Tensor, t: Tensor) -> None:
         """Turns G⁰ into G, and writes H.
 
         Args:
             q, k: (b, M, D).
             g: (b, M, k C'), G⁰ before and G after.
             h: (b, M, `halves` k C'), written.
-            rows: (b, M, `statistics`) float32, written where there are any.
+            row_stats: (b, M, `stats_per_row`) float32, written where there are any.
             t: (k C', k C'), the inner maps Tₙₘ = W_gⁿ W_Zᵐ, of which those with m < n are read.
         """
         for images in zip(*(z.split(self.together) for z in (q, k, g, h)), strict=True):
-            self._forward(*images, t)
+            self._forward(t, *images)
 
     def backward(
-            self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, rows: Tensor, t: Tensor,
+            self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, row_stats: Tensor, t: Tensor,
             dh: Tensor, dq: Tensor, dk: Tensor, dg: Tensor,
     ) -> None:
         """The gradients with respect to Q, K and G⁰; those of Q and K in the last of the k passes over A.
 
         Args:
-            q, k, g, h, rows, t: as `forward` took and left them.
-            dh: (b, M, k C'), the gradient that reaches H from outside; what reaches it inside the chain is added.
+            q, k, g, h, row_stats, t: as `forward` took and left them.
+            dh: (b, M, k C'), the gradient that reaches H from outside; what reaches it from later sub-blocks is added.
             dq, dk: (b, M, D), written.
             dg: (b, M, k C'), written.
         """
         for images in zip(*(z.split(self.together) for z in (q, k, g, dh, dq, dk, dg)), strict=True):
-            self._backward(*images, t)
+            self._backward(t, *images)
 
-    def _forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, t: Tensor) -> None:
+    def _forward(self, t: Tensor, q: Tensor, k: Tensor, g: Tensor, h: Tensor) -> None:
         affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
         for n in range(0, g.shape[2], self.inner):
             g_n, h_n = (z[:, :, n:n + self.inner] for z in (g, h))
@@ -121,8 +122,8 @@ class ProductChain:
             for block in self.blocks:
                 self._subtract(affinity(block), g_n, g_n[:, block], h_n[:, block])
 
-    def _backward(self, q: Tensor, k: Tensor, g: Tensor, dh: Tensor, dq: Tensor, dk: Tensor, dg: Tensor,
-                  t: Tensor) -> None:
+    def _backward(self, t: Tensor, q: Tensor, k: Tensor, g: Tensor, dh: Tensor, dq: Tensor, dk: Tensor,
+                  dg: Tensor) -> None:
         affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
         columns, whole = g.contiguous().transpose(1, 2), len(self.blocks) == 1  # (b, k C', M)
         dk_sum = None  # (b, M, D)
@@ -157,12 +158,12 @@ class ProductChain:
             again: every row will be asked for more than once.
         """
         b, m, _ = q.shape
-        keep, made = again and self.keep, set()
+        reuse, made = again and self.reuse, set()
 
         def affinity(block: slice) -> Tensor:
-            shape = (b, m, m) if keep else (b, block.stop - block.start, m)
+            shape = (b, m, m) if reuse else (b, block.stop - block.start, m)
             a = self._buffer('a', shape, self.dtype)
-            a = a[:, block] if keep else a
+            a = a[:, block] if reuse else a
             if block.start not in made:
                 if self.dtype == self.sums:
                     logits = self._product(q[:, block], k.transpose(1, 2), self.scale, out=a)
@@ -170,7 +171,7 @@ class ProductChain:
                 else:
                     logits = self._product(q[:, block], k.transpose(1, 2), self.scale)
                     a.copy_(torch.softmax(logits, dim=2, out=logits))
-                if keep:
+                if reuse:
                     made.add(block.start)
             return a
 
@@ -185,7 +186,7 @@ class ProductChain:
         return torch.ops.aten._softmax_backward_data.out(da, a, 2, self.sums, grad_input=da).to(self.dtype)
 
     def _subtract(self, a: Tensor, b: Tensor, c: Tensor, out: Tensor) -> None:
-        """a b - c where the difference is asked for, else a b."""
+        """a b - c in the proposed formulation, a b in the original one."""
         if self.dtype == self.sums and not self.one_by_one:
             torch.baddbmm(c, a, b, beta=-self.minus, out=out)
         else:
@@ -197,12 +198,12 @@ class ProductChain:
         if product is not out:
             out.copy_(product)
 
-    def _add(self, total: Optional[Tensor], a: Tensor, b: Tensor) -> Tensor:
+    def _add(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
         """total + a b, in float32 or more where there is a sum; a b where there is none yet."""
         product = self._product(a, b)
         return product if total is None else total.to(torch.promote_types(total.dtype, torch.float32)).add_(product)
 
-    def _product(self, a: Tensor, b: Tensor, scale: float = 1.0, out: Optional[Tensor] = None) -> Tensor:
+    def _product(self, a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
         """scale a b for a (b, i, j) and b (b, j, l), summed in float32 or more and returned in `sums`.
 
         Args:

@@ -1,40 +1,60 @@
 """The nonlocal stage with a softmax affinity, eq. (8), and the block of eq. (1), as one differentiable operator.
 
-Zᵏ = X + Σₙ Hⁿ W_Zⁿᵀ, where the Hⁿ come from a chain that is C' wide (`ops_products`, `ops_triton`). No M×M matrix is
-kept for the backward pass: it makes A again, and closes with one pass for Q and K whatever k is, since
+Zᵏ = X + Σₙ Hⁿ W_Zⁿᵀ, where the Hⁿ, C' wide, come from a backend (`products`, `triton_backend`). No M×M matrix is kept
+for the backward pass: it makes A again, and closes with one pass for Q and K whatever k is, since
 dA = [dH¹…dHᵏ][G¹…Gᵏ]ᵀ.
 
 Shapes: B images, M positions, C channels, D embedding channels, k sub-blocks of C' channels each.
 """
 
 import functools
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .products import ProductChain
+from .products import ProductBackend
 
-FRUGAL_BYTES = 48 << 20  # what a chunk of images may take where nothing but x is kept
-USE_TRITON = True  # False chooses matrix products on every device
+if TYPE_CHECKING:
+    from .triton_backend import TritonBackend
 
+__all__ = ['can_run', 'nonlocal_stage']
 
-def choose_chain(weight: Tensor, dim: int, inner: int) -> type:
-    """The fastest chain for a device and dtype, D and C': kernels of our own on a GPU, else matrix products."""
-    if USE_TRITON and weight.is_cuda and (chain := _triton_chain()) and chain.supports(weight, dim, inner):
-        return chain
-    return ProductChain
+RECOMPUTE_BYTES = 48 << 20  # what a chunk of images may take where nothing but x is kept
+BACKENDS = 'triton', 'products'  # the fastest first
+FORMULATIONS = 'proposed', 'original'
+OPTIONS = 'inner', 'embeddings', 'scale', 'formulation', 'backend', 'recompute'  # of both operators
 
 
 @functools.cache
-def _triton_chain() -> Optional[type]:
-    """Imported when a GPU first asks for it: Triton takes its time, and is not there on every system."""
+def can_run(backend: str, device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> bool:
+    """Whether a backend takes a device, a dtype, D and C': 'products' takes all."""
+    if backend != 'triton' or device.type != 'cuda':
+        return backend == 'products'
     try:
-        from .triton_backend import TritonChain
+        from .triton_backend import TritonBackend
     except ImportError:
-        return None
-    return TritonChain
+        return False
+    return TritonBackend.supports(device, dtype, dim, inner)
+
+
+def _backend_class(backend: str) -> type[Union[ProductBackend, 'TritonBackend']]:
+    """Triton is imported when a GPU first asks for it: it takes its time, and is not there on every system."""
+    if backend == 'products':
+        return ProductBackend
+    from .triton_backend import TritonBackend
+    return TritonBackend
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend: str | None, device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> str:
+    """The backend asked for, or the fastest that can run. Raises ValueError where it cannot."""
+    able = [name for name in BACKENDS if can_run(name, device, dtype, dim, inner)]
+    if backend is not None and backend not in able:
+        raise ValueError(f"backend={backend!r} does not run {dtype} on {device} with D = {dim} and C' = {inner}: "
+                         f'use {" or ".join(map(repr, able))}, or None for the fastest')
+    return backend or able[0]
 
 
 def nonlocal_stage(
@@ -44,7 +64,8 @@ def nonlocal_stage(
         w_z: list[Tensor],
         scale: float,
         recompute: bool = False,
-        difference: bool = True,
+        formulation: str = 'proposed',
+        backend: str | None = None,
 ) -> Tensor:
     """Zᵏ of eq. (8) from Z⁰ = X with A = softmax(s Q Kᵀ). Nothing is NaN where the logits are finite.
 
@@ -56,11 +77,24 @@ def nonlocal_stage(
         scale: s.
         recompute: keep nothing but x for the backward pass, which then goes through the forward pass again, some
             images at a time.
-        difference: apply A - 1 in every sub-block; False applies A, so that one sub-block is the block of eq. (1).
+        formulation: 'proposed' applies A - 1 in every sub-block; 'original' applies A, so that one sub-block is the
+            block of eq. (1).
+        backend: 'triton' (16 bits on a GPU, D and C' up to 128), 'products' (everywhere), or None for the fastest
+            that can run.
+
+    Returns:
+        Zᵏ, (B, M, C), in x's dtype.
 
     Raises:
         TypeError: x and the weights differ in dtype outside autocast.
+        ValueError: an unknown formulation, or a backend that is unknown or does not take the case.
         RuntimeError: it is differentiated twice.
+
+    Example:
+        >>> x, w_g, w_z = torch.randn(2, 9, 4), torch.randn(2, 4), torch.randn(4, 2)
+        >>> z = nonlocal_stage(x, [], [w_g], [w_z], scale=0.5, formulation='original')
+        >>> torch.allclose(z, x + torch.softmax(0.5 * x @ x.mT, dim=2) @ x @ (w_z @ w_g).T, atol=1e-4)
+        True
     """
     w_in, w_out = torch.cat([*embeddings, *w_g]), torch.cat(w_z, dim=1)
     device = x.device.type
@@ -69,38 +103,42 @@ def nonlocal_stage(
         w_in, w_out = w_in.to(low), w_out.to(low)
     elif x.dtype != w_in.dtype:
         raise TypeError(f'x is {x.dtype} and the weights are {w_in.dtype}: use autocast, or give both one dtype')
-    train = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_out.requires_grad)
-    return _stage(x, w_in, w_out, w_g[0].shape[0], len(embeddings), scale, difference, train and not recompute,
-                  recompute)[0]
+    if formulation not in FORMULATIONS:
+        raise ValueError(f'formulation={formulation!r} is unknown: use one of {", ".join(FORMULATIONS)}')
+    inner, dim = int(w_g[0].shape[0]), int(embeddings[0].shape[0] if embeddings else w_in.shape[1])
+    return _stage(
+        x, w_in, w_out, inner=inner, embeddings=len(embeddings), scale=scale, formulation=formulation,
+        backend=_choose(backend, w_in.device, w_in.dtype, dim, inner), recompute=recompute,
+        needs_grad=torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_out.requires_grad))[0]
 
 
 class _Call:
-    """What forward and backward share: the chain, the weights in its dtype, and the division of the batch."""
+    """What forward and backward share: the backend, the weights in its dtype, and the division of the batch."""
 
-    def __init__(self, x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float,
-                 difference: bool, frugal: bool):
+    def __init__(self, x: Tensor, w_in: Tensor, w_out: Tensor, *, inner: int, embeddings: int, scale: float,
+                 formulation: str, backend: str, recompute: bool):
         batch, self.positions, channels = x.shape
         self.maps = w_out.shape[1]  # k C'
         self.embedded = len(w_in) - self.maps
         self.dim = self.embedded // embeddings if embeddings else channels
-        self.chain = choose_chain(w_in, self.dim, inner)(w_in, self.positions, inner, scale, difference)
-        self.w_in, self.w_out = w_in.to(self.chain.dtype), w_out.to(self.chain.dtype)
+        self.backend = _backend_class(backend)(w_in, self.positions, inner, scale, formulation)
+        self.w_in, self.w_out = w_in.to(self.backend.dtype), w_out.to(self.backend.dtype)
         self.t = self.w_in[self.embedded:] @ self.w_out  # (k C', k C'): Tₙₘ = W_gⁿ W_Zᵐ for all n and m
-        images = self.chain.images
-        if frugal:
-            columns = 2 * len(w_in) + (self.chain.halves + 1) * self.maps + 2 * self.dim + channels
-            images = min(images, max(1, FRUGAL_BYTES // (self.positions * columns * self.chain.dtype.itemsize)))
-        chunks = -(-batch // images)
-        self.parts = [slice(batch * i // chunks, batch * (i + 1) // chunks) for i in range(chunks)]
-        self.largest = max((part.stop - part.start for part in self.parts), default=0)
+        images = self.backend.images
+        if recompute:
+            columns = 2 * len(w_in) + (self.backend.halves + 1) * self.maps + 2 * self.dim + channels
+            images = min(images, max(1, RECOMPUTE_BYTES // (self.positions * columns * self.backend.dtype.itemsize)))
+        count = -(-batch // images)
+        self.chunks = [slice(batch * i // count, batch * (i + 1) // count) for i in range(count)]
+        self.largest = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
 
     def empty(self, images: int, width: int) -> Tensor:
         return self.w_in.new_empty(images, self.positions, width)
 
-    def room(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For X W_inᵀ, which is Q, K and G; for H; for what the chain notes about the rows of A."""
-        return (self.empty(images, len(self.w_in)), self.empty(images, self.chain.halves * self.maps),
-                self.w_in.new_empty(images, self.positions, self.chain.statistics, dtype=torch.float32))
+    def new_buffers(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For X W_inᵀ, which is Q, K and G; for H; for what is noted about the rows of A."""
+        return (self.empty(images, len(self.w_in)), self.empty(images, self.backend.halves * self.maps),
+                self.w_in.new_empty(images, self.positions, self.backend.stats_per_row, dtype=torch.float32))
 
     def split(self, x: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of Q, K and G."""
@@ -108,20 +146,20 @@ class _Call:
         k = projected[:, :, self.dim:self.embedded] if self.embedded > self.dim else q
         return q, k, projected[:, :, self.embedded:]
 
-    def forward(self, x: Tensor, projected: Tensor, h: Tensor, rows: Tensor) -> Tensor:
-        """Fills the room and gives Zᵏ - X, all in the chain's dtype, with G in the place of G⁰."""
+    def forward(self, x: Tensor, projected: Tensor, h: Tensor, row_stats: Tensor) -> Tensor:
+        """Fills the buffers and gives Zᵏ - X, all in the backend's dtype, with G in the place of G⁰."""
         torch.matmul(x, self.w_in.T, out=projected)
-        self.chain.forward(*self.split(x, projected), h, rows, self.t)
+        self.backend.forward(*self.split(x, projected), h, row_stats, self.t)
         return h[:, :, :self.maps] @ self.w_out.T
 
-    def backward(self, dz: Tensor, x: Tensor, projected: Tensor, h: Tensor, rows: Tensor, d_projected: Tensor,
+    def backward(self, dz: Tensor, x: Tensor, projected: Tensor, h: Tensor, row_stats: Tensor, d_projected: Tensor,
                  dh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """From dZᵏ to the gradients of Zᵏ - X by X, W_in, W_out and T, by way of the last two arguments."""
         torch.matmul(dz, self.w_out, out=dh)
         dq, dk, dg = self.split(x.new_empty(x.shape), d_projected)
         if self.embedded <= self.dim:
             dk = dq.new_empty(dq.shape)
-        self.chain.backward(*self.split(x, projected), h, rows, self.t, dh, dq, dk, dg)
+        self.backend.backward(*self.split(x, projected), h, row_stats, self.t, dh, dq, dk, dg)
         if self.embedded == self.dim:
             dq += dk  # φ = θ
         dx = d_projected @ self.w_in
@@ -133,42 +171,44 @@ class _Call:
 
 @torch.library.custom_op('timm_nonlocal::stage', mutates_args=())
 def _stage(
-        x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float, difference: bool, keep: bool,
-        frugal: bool,
+        x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float, formulation: str,
+        backend: str, recompute: bool, needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Zᵏ, and what `_stage_backward` goes on with (of no image unless keep is set)."""
+    """Zᵏ, and what `_stage_backward` goes on with (of no image if nothing needs a gradient or it recomputes)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        call = _Call(x, w_in, w_out, inner, embeddings, scale, difference, frugal)
-        z = torch.empty_like(x)
-        room = call.room(len(x) if keep else call.largest)
-        for part in call.parts:
-            state = (a[part] if keep else a[:part.stop - part.start] for a in room)
-            torch.add(x[part], call.forward(x[part].to(call.chain.dtype), *state), out=z[part])
-        return z, *(room if keep else call.room(0))
+        call = _Call(x, w_in, w_out, inner=inner, embeddings=embeddings, scale=scale, formulation=formulation,
+                     backend=backend, recompute=recompute)
+        z, kept = torch.empty_like(x), needs_grad and not recompute
+        buffers = call.new_buffers(len(x) if kept else call.largest)
+        for chunk in call.chunks:
+            own = (a[chunk] if kept else a[:chunk.stop - chunk.start] for a in buffers)
+            torch.add(x[chunk], call.forward(x[chunk].to(call.backend.dtype), *own), out=z[chunk])
+        return z, *(buffers if kept else call.new_buffers(0))
 
 
 @torch.library.custom_op('timm_nonlocal::stage_backward', mutates_args=())
 def _stage_backward(
-        dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, projected: Tensor, h: Tensor, rows: Tensor,
-        inner: int, embeddings: int, scale: float, difference: bool, frugal: bool,
+        dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, projected: Tensor, h: Tensor, row_stats: Tensor,
+        inner: int, embeddings: int, scale: float, formulation: str, backend: str, recompute: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `_stage` with respect to x, w_in and w_out, from what it kept or from x alone."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        call = _Call(x, w_in, w_out, inner, embeddings, scale, difference, frugal)
+        call = _Call(x, w_in, w_out, inner=inner, embeddings=embeddings, scale=scale, formulation=formulation,
+                     backend=backend, recompute=recompute)
         kept = len(projected) == len(x)
-        room = (projected, h, rows) if kept else call.room(call.largest)
-        room_for_gradients = call.empty(call.largest, len(w_in)), call.empty(call.largest, call.maps)
+        buffers = (projected, h, row_stats) if kept else call.new_buffers(call.largest)
+        gradients = call.empty(call.largest, len(w_in)), call.empty(call.largest, call.maps)
         dx = torch.empty_like(x)
-        sums = torch.promote_types(call.chain.dtype, torch.float32)
+        sums = torch.promote_types(call.backend.dtype, torch.float32)
         totals = [torch.zeros_like(w, dtype=sums) for w in (call.w_in, call.w_out, call.t)]
-        for part in call.parts:
-            count = part.stop - part.start
-            dz_part, x_part = (a[part].to(call.chain.dtype) for a in (dz, x))
-            state = [a[part] if kept else a[:count] for a in room]
+        for chunk in call.chunks:
+            count = chunk.stop - chunk.start
+            dz_chunk, x_chunk = (a[chunk].to(call.backend.dtype) for a in (dz, x))
+            own = [a[chunk] if kept else a[:count] for a in buffers]
             if not kept:
-                call.forward(x_part, *state)
-            dx_part, *d_weights = call.backward(dz_part, x_part, *state, *(a[:count] for a in room_for_gradients))
-            torch.add(dz[part], dx_part, out=dx[part])
+                call.forward(x_chunk, *own)
+            dx_chunk, *d_weights = call.backward(dz_chunk, x_chunk, *own, *(a[:count] for a in gradients))
+            torch.add(dz[chunk], dx_chunk, out=dx[chunk])
             for total, d_weight in zip(totals, d_weights, strict=True):
                 total += d_weight
         dw_in, dw_out, dt = totals
@@ -180,35 +220,38 @@ def _stage_backward(
 
 
 @_stage.register_fake
-def _(x, w_in, w_out, inner, embeddings, scale, difference, keep, frugal):
-    (batch, positions, channels), (width, maps) = x.shape, (len(w_in), w_out.shape[1])
-    chain = choose_chain(w_in, (width - maps) // embeddings if embeddings else channels, inner)
-    dtype = chain.operands(w_in)
-    kept = (width, dtype), (chain.halves * maps, dtype), (chain.statistics, torch.float32)
+def _(x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float, formulation: str,
+      backend: str, recompute: bool, needs_grad: bool) -> tuple[Tensor, ...]:
+    (batch, positions, _), (width, maps) = x.shape, (len(w_in), w_out.shape[1])
+    kind = _backend_class(backend)
+    dtype = kind.operands(w_in)
+    kept = (width, dtype), (kind.halves * maps, dtype), (kind.stats_per_row, torch.float32)
     return torch.empty_like(x), *(
-        w_in.new_empty(batch if keep else 0, positions, columns, dtype=dtype) for columns, dtype in kept)
+        w_in.new_empty(batch if needs_grad and not recompute else 0, positions, columns, dtype=dtype)
+        for columns, dtype in kept)
 
 
 @_stage_backward.register_fake
-def _(dz, x, w_in, w_out, *_):
+def _(dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out)
 
 
-def _save(ctx, inputs, output):
-    x, w_in, w_out, *ctx.options, _, ctx.frugal = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w_in, w_out, *options, _ = inputs
+    ctx.options = dict(zip(OPTIONS, options, strict=True))
     ctx.set_materialize_grads(False)  # what is kept has none
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.save_for_backward(x, w_in, w_out, *kept)
 
 
-def _differentiate(ctx, dz, *_):
+def _differentiate(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dz is None:
-        return (None,) * 9
-    return *_stage_backward(dz, *ctx.saved_tensors, *ctx.options, ctx.frugal), *[None] * 6
+        return (None,) * 10
+    return *_stage_backward(dz, *ctx.saved_tensors, **ctx.options), *[None] * 7
 
 
-def _refuse(ctx, *_):
+def _refuse(ctx: Any, *_: Any) -> None:
     raise RuntimeError('nonlocal blocks have no second derivative in their merged form: use merged=False')
 
 
@@ -226,12 +269,13 @@ def _macs(x: list[int], w_in: list[int], w_out: list[int], inner: int, embedding
 
 
 @register_flop_formula(torch.ops.timm_nonlocal.stage)
-def _(x, w_in, w_out, inner, embeddings, *_, out_shape=None, **__) -> int:
+def _(x: list[int], w_in: list[int], w_out: list[int], inner: int, embeddings: int, *_: Any, **__: Any) -> int:
     return 2 * sum(_macs(x, w_in, w_out, inner, embeddings))
 
 
 @register_flop_formula(torch.ops.timm_nonlocal.stage_backward)
-def _(dz, x, w_in, w_out, projected, h, rows, inner, embeddings, *_, out_shape=None, **__) -> int:
+def _(dz: list[int], x: list[int], w_in: list[int], w_out: list[int], projected: list[int], h: list[int],
+      row_stats: list[int], inner: int, embeddings: int, *_: Any, **__: Any) -> int:
     logits, applied, outer, inner_maps = _macs(x, w_in, w_out, inner, embeddings)
     forward = logits if projected[0] == x[0] else logits + applied + outer + inner_maps  # A is made again
     return 2 * (forward + 2 * (logits + applied + outer + inner_maps))

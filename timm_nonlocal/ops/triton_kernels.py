@@ -1,9 +1,10 @@
-"""Triton kernels of the chain of a nonlocal stage: A is never in memory.
+"""Triton kernels of the nonlocal stage: A is never in memory.
 
 As in FlashAttention (Dao et al., 2022; Dao, 2023), a tile of A is made from Q, K and two numbers a row whenever it is
-needed: pᵢⱼ = 2^(s log₂e qᵢ·kⱼ - topᵢ) and Aᵢⱼ = pᵢⱼ / massᵢ. Here topᵢ is the row's largest exponent, rounded up to a
-whole number: since rescaling by a power of two commutes with rounding, massᵢ is the sum of just those rounded pᵢⱼ that
-every A G uses, and the rows of A sum to one in float32. The way back takes A at once, from norm = top + log₂ mass.
+needed: pᵢⱼ = 2^(s log₂e qᵢ·kⱼ - row_maxᵢ) and Aᵢⱼ = pᵢⱼ / row_sumᵢ. Here row_maxᵢ is the row's largest exponent,
+rounded up to a whole number: since rescaling by a power of two commutes with rounding, row_sumᵢ is the sum of just
+those rounded pᵢⱼ that every A G uses, and the rows of A sum to one in float32. The way back takes A at once, from
+lse = row_max + log₂ row_sum.
 
 Each kernel ends with what the next one starts from (G of the next sub-block, dH of the one before), which depends on
 no rows but its own. k sub-blocks take k kernels forward and k + 1 backward.
@@ -12,8 +13,13 @@ Shapes: b images, M positions, D embedding channels, k sub-blocks of C channels 
 of elements from one row to the next; images follow each other without a gap.
 """
 
+# The types are Triton's, which compiles this.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
+
+__all__ = ['apply', 'apply_transposed', 'close_keys', 'close_queries']
 
 
 @triton.jit
@@ -36,21 +42,21 @@ def _store(pointer, tile, rows, ld, positions, columns, width, EVEN: tl.constexp
 
 
 @triton.jit
-def _affinity(s, norm):
+def _affinity(s, lse):
     """A from its exponents, at most 1: where they are huge, two orders of adding one up differ by more than 1."""
-    return tl.exp2(tl.minimum(s - norm, 0.0))
+    return tl.exp2(tl.minimum(s - lse, 0.0))
 
 
 @triton.jit(do_not_specialize=['n'])
 def apply(
-        q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, rows_ptr, n, ld_q, ld_g, ld_h, ld_t, positions, exponent,
+        q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, row_stats_ptr, n, ld_q, ld_g, ld_h, ld_t, positions, exponent,
         D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr,
-        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, DIFFERENCE: tl.constexpr,
+        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PROPOSED: tl.constexpr,
 ):
     """Hⁿ = A Gⁿ - Gⁿ in some rows of an image, then Gⁿ⁺¹ = G⁰ⁿ⁺¹ + Σ_{m≤n} Hᵐ Tᵀ there.
 
-    FIRST also finds top, mass and norm. What rounding takes off H goes to the second half of its rows. Without
-    DIFFERENCE, Hⁿ = A Gⁿ.
+    FIRST also finds row_max, row_sum and lse. What rounding takes off H goes to the second half of its rows. Unless
+    PROPOSED, Hⁿ = A Gⁿ.
     """
     image = tl.program_id(1).to(tl.int64) * positions
     q_ptr += image * ld_q
@@ -58,16 +64,16 @@ def apply(
     g_ptr += image * ld_g
     h_ptr += image * ld_h
     rows = tl.program_id(0) * OWN + tl.arange(0, OWN)
-    top_ptr = rows_ptr + image * 3 + rows
-    mass_ptr = top_ptr + positions
+    row_max_ptr = row_stats_ptr + image * 3 + rows
+    row_sum_ptr = row_max_ptr + positions
     d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     q = _load(q_ptr, rows, ld_q, positions, d, D, EVEN)
     if FIRST:
-        top = tl.full([OWN], float('-inf'), tl.float32)
-        mass = tl.zeros([OWN], tl.float32)
+        row_max = tl.full([OWN], float('-inf'), tl.float32)
+        row_sum = tl.zeros([OWN], tl.float32)
     else:
-        top = tl.load(top_ptr, rows < positions, 0.0)
-        mass = tl.load(mass_ptr, rows < positions, 1.0)
+        row_max = tl.load(row_max_ptr, rows < positions, 0.0)
+        row_sum = tl.load(row_sum_ptr, rows < positions, 1.0)
     total = tl.zeros([OWN, BLOCK_C], tl.float32)
     for start in range(0, positions, STEP):
         columns = start + tl.arange(0, STEP)
@@ -77,21 +83,21 @@ def apply(
         if not EVEN:
             s = tl.where(columns[None, :] < positions, s, float('-inf'))
         if FIRST:
-            higher = tl.maximum(top, tl.ceil(tl.max(s, 1)))
+            higher = tl.maximum(row_max, tl.ceil(tl.max(s, 1)))
             p = tl.exp2(s - higher[:, None]).to(q.dtype)
-            shrink = tl.exp2(top - higher)
-            mass = mass * shrink + tl.sum(p.to(tl.float32), 1)
+            shrink = tl.exp2(row_max - higher)
+            row_sum = row_sum * shrink + tl.sum(p.to(tl.float32), 1)
             total = total * shrink[:, None]
-            top = higher
+            row_max = higher
         else:
-            p = tl.exp2(s - top[:, None]).to(q.dtype)
+            p = tl.exp2(s - row_max[:, None]).to(q.dtype)
         total = tl.dot(p, g, total)
     if FIRST:
-        tl.store(top_ptr, top, rows < positions)
-        tl.store(mass_ptr, mass, rows < positions)
-        tl.store(mass_ptr + positions, top + tl.log2(mass), rows < positions)
-    exact = total / mass[:, None]
-    if DIFFERENCE:
+        tl.store(row_max_ptr, row_max, rows < positions)
+        tl.store(row_sum_ptr, row_sum, rows < positions)
+        tl.store(row_sum_ptr + positions, row_max + tl.log2(row_sum), rows < positions)
+    exact = total / row_sum[:, None]
+    if PROPOSED:
         exact -= _load(g_ptr + n * C, rows, ld_g, positions, c, C, EVEN)
     h = exact.to(q.dtype)
     _store(h_ptr + n * C, h, rows, ld_h, positions, c, C, EVEN)
@@ -110,15 +116,15 @@ def apply(
 
 @triton.jit(do_not_specialize=['n', 'k'])
 def apply_transposed(
-        q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, norm_ptr, dg_ptr, dh_ptr, delta_ptr, n, k,
+        q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, row_stats_ptr, dg_ptr, dh_ptr, delta_ptr, n, k,
         ld_q, ld_g, ld_h, ld_t, ld_dg, ld_dh, positions, exponent,
         D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr,
-        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, DIFFERENCE: tl.constexpr,
+        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PROPOSED: tl.constexpr,
 ):
     """dGⁿ = Aᵀ dHⁿ - dHⁿ in some columns of an image's A, then dHⁿ⁻¹ += Σ_{m≥n} dGᵐ T there.
 
     FIRST is n = 0 and LAST n = k - 1, where the way back starts. δ = Σₙ rowsum(dHⁿ (Hⁿ + Gⁿ)) = rowsum(A dA), since
-    Hⁿ + Gⁿ = A Gⁿ; H is taken before its rounding, which would not cancel in dA - δ. Without DIFFERENCE, Hⁿ = A Gⁿ.
+    Hⁿ + Gⁿ = A Gⁿ; H is taken before its rounding, which would not cancel in dA - δ. Unless PROPOSED, Hⁿ = A Gⁿ.
     """
     image = tl.program_id(1).to(tl.int64) * positions
     q_ptr += image * ld_q
@@ -127,7 +133,7 @@ def apply_transposed(
     h_ptr += image * ld_h
     dg_ptr += image * ld_dg
     dh_ptr += image * ld_dh
-    norm_ptr += image * 3 + 2 * positions
+    lse_ptr = row_stats_ptr + image * 3 + 2 * positions
     delta_ptr += image
     columns = tl.program_id(0) * OWN + tl.arange(0, OWN)
     d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
@@ -137,13 +143,13 @@ def apply_transposed(
         rows = start + tl.arange(0, STEP)
         q = _load(q_ptr, rows, ld_q, positions, d, D, EVEN)
         dh = _load(dh_ptr + n * C, rows, ld_dh, positions, c, C, EVEN)
-        norm = tl.load(norm_ptr + rows, rows < positions, float('inf'))  # A = 0 in rows that are not there
+        lse = tl.load(lse_ptr + rows, rows < positions, float('inf'))  # A = 0 in rows that are not there
         s = tl.dot(keys, tl.trans(q)) * exponent  # transposed: (OWN, STEP)
-        total = tl.dot(_affinity(s, norm[None, :]).to(keys.dtype), dh, total)
+        total = tl.dot(_affinity(s, lse[None, :]).to(keys.dtype), dh, total)
     dh = _load(dh_ptr + n * C, columns, ld_dh, positions, c, C, EVEN)
     applied = _load(h_ptr + n * C, columns, ld_h, positions, c, C, EVEN).to(tl.float32)
     applied += _load(h_ptr + ld_h // 2 + n * C, columns, ld_h, positions, c, C, EVEN)
-    if DIFFERENCE:
+    if PROPOSED:
         applied += _load(g_ptr + n * C, columns, ld_g, positions, c, C, EVEN)
         total -= dh
     dg = total.to(keys.dtype)
@@ -165,7 +171,7 @@ def apply_transposed(
 
 @triton.jit
 def close_keys(
-        q_ptr, k_ptr, g_ptr, dh_ptr, norm_ptr, delta_ptr, dq_ptr, dk_ptr, scale,
+        q_ptr, k_ptr, g_ptr, dh_ptr, row_stats_ptr, delta_ptr, dq_ptr, dk_ptr, scale,
         ld_q, ld_g, ld_dh, ld_dk, positions, exponent,
         K: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
         EVEN: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, HOLD: tl.constexpr, ATOMIC: tl.constexpr,
@@ -179,7 +185,7 @@ def close_keys(
     k_ptr += image * ld_q
     g_ptr += image * ld_g
     dh_ptr += image * ld_dh
-    norm_ptr += image * 3 + 2 * positions
+    lse_ptr = row_stats_ptr + image * 3 + 2 * positions
     delta_ptr += image
     columns = tl.program_id(0) * OWN + tl.arange(0, OWN)
     d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
@@ -192,7 +198,7 @@ def close_keys(
     for start in range(0, positions, STEP):
         rows = start + tl.arange(0, STEP)
         q = _load(q_ptr, rows, ld_q, positions, d, D, EVEN)
-        norm = tl.load(norm_ptr + rows, rows < positions, float('inf'))  # A = 0 in rows that are not there
+        lse = tl.load(lse_ptr + rows, rows < positions, float('inf'))  # A = 0 in rows that are not there
         delta = tl.load(delta_ptr + rows, rows < positions, 0.0)
         s = tl.dot(keys, tl.trans(q)) * exponent  # transposed: (OWN, STEP)
         if not EVEN:
@@ -204,7 +210,7 @@ def close_keys(
                 da = tl.dot(held[n], tl.trans(dh), da)
             else:
                 da = tl.dot(_load(g_ptr + n * C, columns, ld_g, positions, c, C, EVEN), tl.trans(dh), da)
-        ds = (_affinity(s, norm[None, :]) * (da - delta[None, :])).to(keys.dtype)
+        ds = (_affinity(s, lse[None, :]) * (da - delta[None, :])).to(keys.dtype)
         dk = tl.dot(ds, q, dk)
         if ATOMIC:
             dq = tl.dot(tl.trans(ds), keys)
@@ -215,7 +221,7 @@ def close_keys(
 
 @triton.jit
 def close_queries(
-        q_ptr, k_ptr, g_ptr, dh_ptr, norm_ptr, delta_ptr, dq_ptr, scale,
+        q_ptr, k_ptr, g_ptr, dh_ptr, row_stats_ptr, delta_ptr, dq_ptr, scale,
         ld_q, ld_g, ld_dh, ld_dq, positions, exponent,
         K: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
         EVEN: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, HOLD: tl.constexpr,
@@ -226,11 +232,11 @@ def close_queries(
     k_ptr += image * ld_q
     g_ptr += image * ld_g
     dh_ptr += image * ld_dh
-    norm_ptr += image * 3 + 2 * positions
+    lse_ptr = row_stats_ptr + image * 3 + 2 * positions
     rows = tl.program_id(0) * OWN + tl.arange(0, OWN)
     d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     q = _load(q_ptr, rows, ld_q, positions, d, D, EVEN)
-    norm = tl.load(norm_ptr + rows, rows < positions, float('inf'))
+    lse = tl.load(lse_ptr + rows, rows < positions, float('inf'))
     delta = tl.load(delta_ptr + image + rows, rows < positions, 0.0)
     held = ()
     if HOLD:
@@ -250,6 +256,6 @@ def close_queries(
                 da = tl.dot(held[n], tl.trans(g), da)
             else:
                 da = tl.dot(_load(dh_ptr + n * C, rows, ld_dh, positions, c, C, EVEN), tl.trans(g), da)
-        ds = (_affinity(s, norm[:, None]) * (da - delta[:, None])).to(q.dtype)
+        ds = (_affinity(s, lse[:, None]) * (da - delta[:, None])).to(q.dtype)
         dq = tl.dot(ds, keys, dq)
     _store(dq_ptr + image * ld_dq, dq * scale, rows, ld_dq, positions, d, D, EVEN)
