@@ -22,7 +22,8 @@ from train.records.runs import ROOT, surroundings
 
 TIMED = """
 import json, sys, time
-from timm_nonlocal import plots, recorder
+from timm_nonlocal.analysis import recorder
+from timm_nonlocal.inspect import plots
 from timm_nonlocal.inspect import main
 start = time.perf_counter()
 code = main([*sys.argv[1:], '--json', '-q', '-o', '{output}'])
@@ -55,12 +56,12 @@ def package_files(folder: Path) -> tuple[list[Path], str]:
     return [folder / f'{name}.safetensors' for name in names], f'all {len(names)} nonlocal networks, fresh weights'
 
 
-def rows(repeats: int) -> list[tuple[str, float, float]]:
-    """What, the goal in seconds, and the seconds it took."""
+def rows(repeats: int) -> list[tuple[str, float | None, float]]:
+    """What, the goal in seconds where there is one, and the seconds it took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files, what = package_files(folder)
-        found = [(what, 2.0, seconds(files, folder, repeats))]
+        found: list[tuple[str, float | None, float]] = [(what, 2.0, seconds(files, folder, repeats))]
         torch.manual_seed(0)
         for channels, inner in ((2048, 256), (1024, 512), (64, 32)):
             path = folder / 'one.safetensors'
@@ -71,7 +72,7 @@ def rows(repeats: int) -> list[tuple[str, float, float]]:
         return found
 
 
-def text(found: list[tuple[str, float, float]]) -> str:
+def text(found: list[tuple[str, float | None, float]]) -> str:
     lines = ['## Inspect', '',
              'Seconds of `python -m timm_nonlocal.inspect … --json` beyond its imports, expectation of random weights '
              'included, on one thread, the fastest of several fresh processes.', '',

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from benchmarks.document import render
 from benchmarks.stage.measure import milliseconds
 from benchmarks.train_report import TARGETS, report, table
+from timm_nonlocal.files import write_text
 from timm_nonlocal.recipes import PAPER, Recipe
 from train.engine.data import Images, frame, whole_plan
 from train.engine.execution import Execution
@@ -34,7 +36,6 @@ from train.engine.pool import Pool
 from train.engine.step import Learner, autocast, compiled_loss, count_wrong, loss_of
 from train.engine.stop import Stop
 from train.records.runs import Run, surroundings
-from train.records.state import write
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def random_images(count: int, device: torch.device) -> Images:
     return Images(frame(pixels), labels, frame(pixels.double().mean(0).div(255).float()), 10).to(device)
 
 
-def median_ms(function: Callable[[], None], device: torch.device, repeats: int,
+def median_ms(function: Callable[[], object], device: torch.device, repeats: int,
               prepare: Callable[[], None] = lambda: None) -> float:
     """The median time of a call, after an untimed `prepare`."""
     times = []
@@ -90,7 +91,7 @@ def make_pool(case: Case, images: Images, recipe: Recipe) -> Pool:
     loss = compiled_loss() if case.compile else loss_of
     layout = torch.contiguous_format if case.mode == 'eager float32' else torch.channels_last
     for seed in range(case.seeds):
-        model = Run(case.model, seed=seed).build().to(device, memory_format=layout)
+        model = Run(case.model, seed=seed).build().to(device).to(memory_format=layout)
         learners.append(Learner(model, recipe, images, seed, autocast=autocast(device, case.mixed_precision),
                                 loss_of=loss))
     return Pool.on(device, learners, case.graph)
@@ -141,7 +142,7 @@ def kernels(case: Case, images: Images, recipe: Recipe, steps: int = 20) -> dict
         torch.cuda.synchronize()
     spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in profile.events()
                    if event.device_type == torch.autograd.DeviceType.CUDA)
-    busy, until, totals = 0.0, -math.inf, {}
+    busy, until, totals = 0.0, -math.inf, dict[str, tuple[float, int]]()
     for start, end, name in spans:
         busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
         total, count = totals.get(name, (0.0, 0))
@@ -188,15 +189,15 @@ def run(output: Path, max_minutes: float) -> dict[str, Any]:
                               'ceilings': {}, 'failed': []}
     captured = [Case(model) for model in TARGETS]
     work: list[tuple[str, Any, Callable[[], Any]]] = [
-        ('steps', case, lambda case=case: measure(case, images, recipe, steps)) for case in cases(device)]
+        ('steps', case, partial(measure, case, images, recipe, steps)) for case in cases(device)]
     if cpu:
         work.append(('epochs', 'preresnet20', lambda: epoch(
             Case('preresnet20', 'no', False), images, random_images(20, device))))
     else:
         tests = random_images(10_000, device)
         work.insert(0, ('ceilings', 'machine', lambda: ceilings(device)))
-        work[9:9] = [('kernels', case, lambda case=case: kernels(case, images, recipe)) for case in captured[:2]]
-        work[11:11] = [('epochs', case, lambda case=case: epoch(case, images, tests)) for case in captured]
+        work[9:9] = [('kernels', case, partial(kernels, case, images, recipe)) for case in captured[:2]]
+        work[11:11] = [('epochs', case, partial(epoch, case, images, tests)) for case in captured]
     for part, what, function in work:
         if time.monotonic() > deadline:
             print(f'out of time: {part} of {what} and what follows is left out')
@@ -209,7 +210,7 @@ def run(output: Path, max_minutes: float) -> dict[str, Any]:
         gc.collect()
         if not cpu:
             torch.cuda.empty_cache()
-        write(output, lambda path: path.write_text(json.dumps({where['device']: record}, indent=1) + '\n'))
+        write_text(output, json.dumps({where['device']: record}, indent=1) + '\n')
     return record
 
 

@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from benchmarks.stage.contenders import CONTENDERS, MMCV, Case, Step, Worker
 from benchmarks.stage.counts import ceilings, counts, floor
 from benchmarks.stage.measure import captured, extra_bytes, milliseconds
 from benchmarks.stage.report import report, table
+from timm_nonlocal.files import write_text
 from timm_nonlocal.ops.products import ProductBackend
 from train.records.runs import surroundings
-from train.records.state import write
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -73,22 +74,22 @@ def compare(case: Case, device: torch.device, rounds: int, python: str | None) -
         if name == 'ours, matrix products' and device.type == 'cpu':
             continue  # which is ours there
         rows[name] = {}
-        step = attempt(name, lambda name=name: Step(name, case, device))
-        used = step and attempt(name, lambda step=step: extra_bytes(step.both, device))
+        step = attempt(name, partial(Step, name, case, device))
+        used = step and attempt(name, partial(extra_bytes, step.both, device))
         if used is None:
             continue
         rows[name]['bytes'] = used
-        timed[f'{name}/forward'] = name, lambda step=step: milliseconds(step.forward, device, repeats)
-        timed[f'{name}/both'] = name, lambda step=step: milliseconds(step.both, device, repeats)
-        if device.type == 'cuda' and (replay := attempt(name, lambda step=step: captured(step.both))):
-            timed[f'{name}/graph'] = name, lambda replay=replay: milliseconds(replay, device, repeats)
+        timed[f'{name}/forward'] = name, partial(milliseconds, step.forward, device, repeats)
+        timed[f'{name}/both'] = name, partial(milliseconds, step.both, device, repeats)
+        if device.type == 'cuda' and (replay := attempt(name, partial(captured, step.both))):
+            timed[f'{name}/graph'] = name, partial(milliseconds, replay, device, repeats)
     if python:
         rows[MMCV] = {}
-        worker = attempt(MMCV, lambda: Worker(python, case, torch.get_num_threads()))
+        worker = attempt(MMCV, partial(Worker, python, case, torch.get_num_threads()))
         if worker:
-            rows[MMCV]['bytes'] = attempt(MMCV, lambda: worker.ask('memory'))
+            rows[MMCV]['bytes'] = attempt(MMCV, partial(worker.ask, 'memory'))
             for what in ('forward', 'both'):
-                timed[f'{MMCV}/{what}'] = MMCV, lambda what=what: worker.ask(what)
+                timed[f'{MMCV}/{what}'] = MMCV, partial(worker.ask, what)
     taken: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for key, (name, function) in timed.items():
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         'command': shlex.join(['python', '-m', 'benchmarks.stage', *args.given]), 'checks': [], 'ceilings': {},
         'cases': [], 'attention': [], 'tiles': [], 'kernels': [], 'failed': []}
     rounds = args.rounds or (7 if device.type == 'cuda' else 5)
-    backends = [ProductBackend]
+    backends: list[type[Any]] = [ProductBackend]
 
     def attempt(what: str, function: Callable[[], Any]) -> None:
         """One part: it is left out when the time is over, and its failure costs no other."""
@@ -130,8 +131,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         gc.collect()
         if device.type == 'cuda':
             torch.cuda.empty_cache()
-        text = json.dumps({record['device']: record}, indent=1) + '\n'
-        write(args.output / 'stage.json', lambda path: path.write_text(text))
+        write_text(args.output / 'stage.json', json.dumps({record['device']: record}, indent=1) + '\n')
 
     def measure(case: Case) -> None:
         entry = {'name': str(case), 'counts': counts(case), 'floor': floor(case, record['ceilings']),
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         attempt('longest kernels', lambda: record['kernels'].extend(gpu.longest(first, device)))
         attempt('attention', lambda: record['attention'].extend(gpu.attention(device)))
     for case in others:
-        attempt(str(case), lambda case=case: measure(case))
+        attempt(str(case), partial(measure, case))
     return record
 
 
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--render', nargs='*', type=Path, metavar='FILE',
                         help='measure nothing; merge FILEs into benchmarks/stage.json and write BENCHMARKS.md')
     args = parser.parse_args(argv)
-    args.given = [word for word in (sys.argv[1:] if argv is None else argv)]
+    args.given = sys.argv[1:] if argv is None else argv
     try:
         if args.render is not None:
             render('stage', args.render, report)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from timm_nonlocal import NonlocalBlock, NonlocalStage
 from timm_nonlocal.ops.products import ProductBackend
+from timm_nonlocal.ops.reference import original_block, proposed_stage
+
+__all__ = ['TOLERANCE', 'backend_written_out', 'bound', 'checks', 'draw_operands', 'errors', 'outputs', 'reference',
+           'relative', 'run_backend', 'written_out']
 
 Tensors = tuple[Tensor, ...]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -20,7 +24,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b).norm() / b.norm()).item()
 
 
-def outputs(module: nn.Module, x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def outputs(module: nn.Module, x: Tensor, dz: Tensor) -> Tensors:
     """Z, dX and the gradient of all weights as one vector."""
     x = x.detach().requires_grad_()
     z = module(x)
@@ -28,16 +32,34 @@ def outputs(module: nn.Module, x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, T
     return z.detach(), dx, torch.cat([w.flatten() for w in dw])
 
 
-def written_out(module: nn.Module) -> nn.Module:
+def written_out(module: NonlocalBlock | NonlocalStage) -> nn.Module:
     """The same module on the plain path."""
     module = copy.deepcopy(module)
     module.merged = False
     return module
 
 
-def reference(module: nn.Module, x: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by the plain path in float64."""
-    return outputs(written_out(module).double(), x.double(), dz.double())
+class Equation(nn.Module):
+    """A block or a stage by `timm_nonlocal.ops.reference`, in float64."""
+
+    def __init__(self, module: NonlocalBlock | NonlocalStage):
+        super().__init__()
+        self.module = copy.deepcopy(module).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        a, module = self.module.relate(tokens), self.module
+        if isinstance(module, NonlocalBlock):
+            z = original_block(tokens, a, module.g.weight, module.z.weight)
+        else:
+            w_g, w_z = ([getattr(sub_block, name).weight for sub_block in module.sub_blocks] for name in ('g', 'z'))
+            z = proposed_stage(tokens, a, w_g, w_z)[-1]
+        return z.transpose(1, 2).reshape(x.shape)
+
+
+def reference(module: NonlocalBlock | NonlocalStage, x: Tensor, dz: Tensor) -> Tensors:
+    """The same by the equations in float64."""
+    return outputs(Equation(module), x.double(), dz.double())
 
 
 def errors(got: Iterable[Tensor], expected: Iterable[Tensor]) -> list[float]:
@@ -51,40 +73,39 @@ def bound(dtype: torch.dtype, plain: Iterable[Tensor], expected: Iterable[Tensor
     return [max(TOLERANCE[dtype], most * error) for error in errors(plain, expected)]
 
 
-def sub_blocks_written_out(q: Tensor, k: Tensor, g: Tensor, t: Tensor, inner: int, scale: float, dh: Tensor,
-                      formulation: str = 'proposed', dtype: torch.dtype = torch.float64):
-    """H, dQ, dK and dG⁰ of the sub-blocks that a backend goes through, from its definition, by products in a dtype."""
-    q, k, g = (z.detach().to(dtype).requires_grad_() for z in (q, k, g))
+def backend_written_out(projected: Tensor, t: Tensor, dh: Tensor, *, dim: int, inner: int, scale: float,
+                        formulation: str = 'proposed', dtype: torch.dtype = torch.float64) -> Tensors:
+    """H, dQ, dK and dG⁰ from the definition in `timm_nonlocal.ops.products`, by products in a dtype."""
+    q, k, g = (z.detach().to(dtype).requires_grad_() for z in projected.split((dim, dim, dh.shape[2]), dim=2))
     t, dh = t.to(dtype), dh.to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    a, h = torch.softmax(scale * (q @ k.transpose(1, 2)).to(wide), dim=-1).to(dtype), []
+    a, h = torch.softmax(scale * (q @ k.transpose(1, 2)).to(wide), dim=-1).to(dtype), list[Tensor]()
     for n in range(0, g.shape[2], inner):
         g_n = g[:, :, n:n + inner]
         if n:
             g_n = g_n + torch.cat(h, dim=2) @ t[n:n + inner, :n].T
         h.append(a @ g_n - g_n if formulation == 'proposed' else a @ g_n)
-    h = torch.cat(h, dim=2)
-    return h.detach(), *torch.autograd.grad(h, (q, k, g), dh)
+    whole = torch.cat(h, dim=2)
+    return whole.detach(), *torch.autograd.grad(whole, (q, k, g), dh)
 
 
-def run_backend(kind: type[ProductBackend], projected: Tensor, t: Tensor, dh: Tensor, dim: int, inner: int,
-                scale: float) -> Tensors:
-    """The same by a backend, from Q, K and G⁰ side by side, (b, M, 2 D + k C'). Every output starts as NaN."""
+def run_backend(kind: Callable[..., Any], projected: Tensor, t: Tensor, dh: Tensor, *, dim: int, inner: int,
+                scale: float, formulation: str = 'proposed') -> Tensors:
+    """The same by a backend. Every output starts as NaN."""
     widths = dim, dim, dh.shape[2]
-    backend = kind(projected, projected.shape[1], inner, scale)
-    projected, dh, gradient = projected.to(backend.dtype, copy=True), dh.to(backend.dtype, copy=True), None
+    backend = kind(projected, projected.shape[1], inner, scale, formulation)
+    projected, dh, t = projected.to(backend.dtype, copy=True), dh.to(backend.dtype, copy=True), t.to(backend.dtype)
     gradient = torch.full_like(projected, float('nan'))
     h = projected.new_full((*dh.shape[:2], backend.halves * dh.shape[2]), float('nan'))
-    rows = projected.new_full((*dh.shape[:2], backend.statistics), float('nan'), dtype=torch.float32)
-    t = t.to(backend.dtype)
-    backend.forward(*projected.split(widths, dim=2), h, rows, t)
-    backend.backward(*projected.split(widths, dim=2), h, rows, t, dh, *gradient.split(widths, dim=2))
+    row_stats = projected.new_full((*dh.shape[:2], backend.stats_per_row), float('nan'), dtype=torch.float32)
+    backend.forward(*projected.split(widths, dim=2), h, row_stats, t)
+    backend.backward(*projected.split(widths, dim=2), h, row_stats, t, dh, *gradient.split(widths, dim=2))
     return h[:, :, :dh.shape[2]], *gradient.split(widths, dim=2)
 
 
-def draw_operands(dtype: torch.dtype, device: torch.device, images: int, positions: int, dim: int, inner: int, k: int,
-               logits: float):
-    """Q, K and G⁰ side by side, T, dH, and the scale that brings the largest logit to the size asked for."""
+def draw_operands(dtype: torch.dtype, device: torch.device | str, *, images: int, positions: int, dim: int, inner: int,
+                  k: int, logits: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Q, K and G⁰ side by side, (b, M, 2 D + k C'), T, dH, and the scale that gives the largest logit its size."""
     projected = torch.randn(images, positions, 2 * dim + k * inner, device=device).to(dtype)
     t = (torch.randn(k * inner, k * inner, device=device) / (2 * inner ** 0.5)).to(dtype)
     dh = torch.randn(images, positions, k * inner, device=device).to(dtype)
@@ -92,7 +113,7 @@ def draw_operands(dtype: torch.dtype, device: torch.device, images: int, positio
     return projected, t, dh, logits / (q @ keys.transpose(1, 2)).abs().max().item()
 
 
-def checks(device: torch.device, backends: list[type[ProductBackend]]) -> list[dict[str, Any]]:
+def checks(device: torch.device, backends: list[type[Any]]) -> list[dict[str, Any]]:
     """Rows of what was checked, the largest relative error among the outputs, and the tolerance."""
     found = []
 
@@ -115,10 +136,10 @@ def checks(device: torch.device, backends: list[type[ProductBackend]]) -> list[d
             if backend is not ProductBackend and dtype == torch.float32:
                 continue
             for positions, logits in ((1024, 100.0), (333, 100.0), (200, 5.0)):
-                projected, t, dh, scale = draw_operands(dtype, device, 2, positions, 32, 32, 3, logits)
-                q, keys, g = projected.split((32, 32, 96), dim=2)
+                *operands, scale = draw_operands(
+                    dtype, device, images=2, positions=positions, dim=32, inner=32, k=3, logits=logits)
+                sizes: dict[str, Any] = dict(dim=32, inner=32, scale=scale)
                 add(f'{backend.__name__}, logits to {logits:g}, M = {positions}', dtype,
-                    run_backend(backend, projected, t, dh, 32, 32, scale),
-                    *(sub_blocks_written_out(q, keys, g, t, 32, scale, dh, dtype=kind)
-                      for kind in (dtype, torch.float64)))
+                    run_backend(backend, *operands, **sizes),
+                    *(backend_written_out(*operands, dtype=kind, **sizes) for kind in (dtype, torch.float64)))
     return found

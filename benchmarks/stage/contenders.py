@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from timm.layers.non_local_attn import NonLocalAttn
 from torch import Tensor, nn
 
 from timm_nonlocal import NonlocalBlocks, NonlocalStage
-from timm_nonlocal.ops import nonlocal_stage
+from timm_nonlocal.ops.stage import nonlocal_stage
+
+__all__ = ['CHANNELS', 'CONTENDERS', 'MMCV', 'Case', 'Step', 'Worker']
 
 CHANNELS = 64
 
@@ -35,6 +38,14 @@ class Case:
 
     def __str__(self) -> str:
         return f'B = {self.images}, M = {self.side ** 2}, k = {self.k}, {self.dtype}'
+
+
+class ByProducts(NonlocalStage):
+    """The stage by matrix products also where Triton runs."""
+
+    def _fused(self, x: Tensor) -> Tensor:
+        w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
+        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, self.affinity.scale, backend='products')
 
 
 class Formula(NonlocalStage):
@@ -61,19 +72,11 @@ class ByAttention(NonlocalStage):
         return x + F.linear(torch.cat(h, dim=2), torch.cat(w_z, dim=1)).transpose(1, 2).reshape(x.shape)
 
 
-class Chain(nn.Sequential):
+class TimmBlocks(nn.Sequential):
     """timm's block k times, as wide inside as ours."""
 
     def __init__(self, channels: int, k: int):
         super().__init__(*(NonLocalAttn(channels, rd_ratio=1 / 2) for _ in range(k)))
-
-
-class ByProducts(NonlocalStage):
-    """Ours by matrix products, also where there are kernels."""
-
-    def _fused(self, x: Tensor) -> Tensor:
-        w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
-        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, self.affinity.scale, backend='products')
 
 
 CONTENDERS: dict[str, Callable[[int, int], nn.Module]] = {
@@ -83,7 +86,7 @@ CONTENDERS: dict[str, Callable[[int, int], nn.Module]] = {
     'plain path': lambda channels, k: NonlocalStage(channels, k, merged=False),
     'merged formula, autograd': Formula,
     'SDPA k times': ByAttention,
-    'timm NonLocalAttn k times': Chain,
+    'timm NonLocalAttn k times': TimmBlocks,
     'ours, original blocks': NonlocalBlocks,
 }
 MMCV = 'mmcv NonLocal2d k times'
@@ -93,7 +96,7 @@ class Step:
     """One contender in one case, ready to run."""
 
     def __init__(self, name: str, case: Case, device: torch.device):
-        self.module = CONTENDERS[name](CHANNELS, case.k).to(device, memory_format=torch.channels_last)
+        self.module = CONTENDERS[name](CHANNELS, case.k).to(device).to(memory_format=torch.channels_last)
         self.x, self.dz = case.inputs(device)
         self.wanted = [self.x, *self.module.parameters()]
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=case.dtype == 'bfloat16')
@@ -120,14 +123,16 @@ class Worker:
         options = json.dumps({**asdict(case), 'channels': CHANNELS, 'threads': threads})
         self.process = subprocess.Popen([python, str(script), options], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=sys.stderr, text=True)
+        assert self.process.stdin and self.process.stdout
+        self.requests, self.answers = self.process.stdin, self.process.stdout
         if self._ask('ready') != 'ready':
             raise OSError(f'{python} does not run mmcv: pip install mmcv-lite in its environment')
 
-    def _ask(self, what: str):
+    def _ask(self, what: str) -> Any:
         try:
-            self.process.stdin.write(f'{what}\n')
-            self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline())
+            self.requests.write(f'{what}\n')
+            self.requests.flush()
+            return json.loads(self.answers.readline())
         except (OSError, ValueError):
             return None
 
@@ -139,5 +144,5 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.requests.close()
         self.process.wait()

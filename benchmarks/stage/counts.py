@@ -1,11 +1,15 @@
 """What a step of the stage has to do at least, and how long the machine needs for that."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.stage.contenders import CHANNELS, Case
 from benchmarks.stage.measure import milliseconds
+
+__all__ = ['ceilings', 'counts', 'floor']
 
 
 def counts(case: Case) -> dict[str, float]:
@@ -29,7 +33,7 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     per second (on a GPU by count: 16 a clock and multiprocessor)."""
     gpu = device.type == 'cuda'
 
-    def fastest(function, count: int) -> float:
+    def fastest(function: Callable[[], object], count: int) -> float:
         function()
         return min(milliseconds(function, device) for _ in range(count)) / 1000
 
@@ -38,7 +42,7 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     for dtype in (torch.bfloat16, torch.float32):
         size = 8192 if gpu else 1024
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        found['product'][str(dtype).removeprefix('torch.')] = 2 * size ** 3 / fastest(lambda a=a, b=b: a @ b, 10)
+        found['product'][str(dtype).removeprefix('torch.')] = 2 * size ** 3 / fastest(partial(torch.matmul, a, b), 10)
     if gpu:
         properties = torch.cuda.get_device_properties(device)
         clock = getattr(properties, 'clock_rate', 1_755_000) * 1000  # kHz

@@ -2,15 +2,19 @@
 
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.stage.check import draw_operands
 from benchmarks.stage.contenders import CHANNELS, Case, Step
 from benchmarks.stage.measure import milliseconds
+
+__all__ = ['attention', 'longest', 'tiles']
 
 CANDIDATES = {  # rows owned, rows a step, warps, stages
     'apply': [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (128, 128, 8, 3),
@@ -35,66 +39,63 @@ def attention(device: torch.device, images: int = 128, positions: int = 1024) ->
                for _ in range(3))
     do = torch.randn_like(v)
 
-    def both(attend: Callable[..., torch.Tensor]) -> None:
+    def both(attend: Callable[..., Tensor]) -> None:
         torch.autograd.grad(attend(q, k, v), (q, k, v), do)
 
-    ways: dict[str, Callable[..., torch.Tensor]] = {}
+    ways: dict[str, Callable[..., Tensor]] = {}
     for backend in ('CUDNN_ATTENTION', 'FLASH_ATTENTION', 'EFFICIENT_ATTENTION', 'MATH'):
-        def attend(*qkv, backend=backend):
+        def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = backend) -> Tensor:
             with sdpa_kernel(getattr(SDPBackend, backend)):
-                return F.scaled_dot_product_attention(*qkv)
+                return F.scaled_dot_product_attention(q, k, v)
         ways[backend] = attend
     ways['FLEX'] = torch.compile(_flex, dynamic=False)
     for name, attend in ways.items():
         try:
             with torch.no_grad():
-                forward = _median(lambda attend=attend: attend(q, k, v), device)
-            yield {'backend': name, 'forward': forward, 'both': _median(lambda attend=attend: both(attend), device)}
+                forward = _median(partial(attend, q, k, v), device)
+            yield {'backend': name, 'forward': forward, 'both': _median(partial(both, attend), device)}
         except Exception as error:  # a backend that does not take the case says so in its own way
             yield {'backend': name, 'failed': f'{type(error).__name__}: {error}'[:200]}
 
 
-def _flex(q, k, v):
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
     return flex_attention(q, k, v)
 
 
 def tiles(device: torch.device, images: int = 128, positions: int = 1024) -> Iterator[dict[str, Any]]:
-    """Milliseconds of the part of the backend that a kernel belongs to with each of its tiles, the others as they are.
+    """Milliseconds of the pass that a kernel belongs to with each of its tiles, the others as they are.
 
     Leaves the fastest in place, for what is measured next in this process.
     """
-    from timm_nonlocal.ops import triton_backend as ops_triton
-    kernels = {kernel.fn.__name__: kernel for kernel in ops_triton.TILES}
+    from timm_nonlocal.ops import triton_backend
+    kernels = {kernel.fn.__name__: kernel for kernel in triton_backend.TILES}
     for name, candidates in CANDIDATES.items():
         k = 5 if name.startswith('close') else 2
-        projected, t, dh, scale = draw_operands(torch.bfloat16, device, images, positions, 32, 32, k, 5.0)
-        backend = ops_triton.TritonBackend(projected, positions, 32, scale)
+        projected, t, dh, scale = draw_operands(
+            torch.bfloat16, device, images=images, positions=positions, dim=32, inner=32, k=k, logits=5.0)
+        backend = triton_backend.TritonBackend(projected, positions, 32, scale)
         q, keys, g = projected.split((32, 32, 32 * k), dim=2)
         h = torch.empty(images, positions, 2 * 32 * k, device=device, dtype=torch.bfloat16)
-        rows = torch.empty(images, positions, backend.statistics, device=device)
+        row_stats = torch.empty(images, positions, backend.stats_per_row, device=device)
         gradient = torch.empty_like(projected).split((32, 32, 32 * k), dim=2)
-
-        def run(name=name, parts=(q, keys, g, h, rows, t), dh=dh, gradient=gradient, backend=backend) -> None:
-            if name == 'apply':
-                backend.forward(*parts)
-            else:
-                backend.backward(*parts, dh, *gradient)
-
-        backend.forward(q, keys, g, h, rows, t)
+        run = partial(backend.forward, q, keys, g, h, row_stats, t)
+        run()
+        if name != 'apply':
+            run = partial(backend.backward, q, keys, g, h, row_stats, t, dh, *gradient)
         torch.use_deterministic_algorithms(name == 'close_queries')
-        own = ops_triton.TILES[kernels[name]]
-        before, times = own[64], {}
+        own = triton_backend.TILES[kernels[name]]
+        before, times = own[64], dict[tuple[int, int, int, int], float]()
         for tile in dict.fromkeys([before[0], *candidates]):
             own[64] = [tile]
-            ops_triton._fitting.clear()
+            triton_backend._fitting.clear()
             try:
                 times[tile] = _median(run, device)
                 yield {'kernel': name, 'tile': tile, 'ms': times[tile], 'default': tile == before[0]}
             except Exception as error:
                 yield {'kernel': name, 'tile': tile, 'failed': f'{type(error).__name__}: {error}'[:200]}
-        own[64] = [min(times, key=times.get), *before[1:]] if times else before
-        ops_triton._fitting.clear()
+        own[64] = [min(times, key=times.__getitem__), *before[1:]] if times else before
+        triton_backend._fitting.clear()
         torch.use_deterministic_algorithms(False)
 
 

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
+
+__all__ = ['captured', 'extra_bytes', 'milliseconds']
 
 
 def milliseconds(function: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
@@ -45,7 +47,7 @@ def extra_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return peak - returned
 
 
-def captured(function: Callable[[], Any]) -> Optional[Callable[[], None]]:
+def captured(function: Callable[[], Any]) -> Callable[[], None] | None:
     """Replays a CUDA graph of the function; None where it cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -61,7 +63,7 @@ def captured(function: Callable[[], Any]) -> Optional[Callable[[], None]]:
         torch.cuda.synchronize()
         return None
 
-    def replay(results=results) -> None:  # which live as long as the graph that writes them
+    def replay(results: Any = results) -> None:  # which live as long as the graph that writes them
         graph.replay()
 
     return replay

@@ -7,7 +7,7 @@ import json
 import sys
 
 import torch
-from measure import extra_bytes, milliseconds
+from measure import extra_bytes, milliseconds  # type: ignore[import-not-found]  # beside this script
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
         print('null', file=answers, flush=True)
         return
     blocks = (NonLocal2d(case['channels'], mode='embedded_gaussian', zeros_init=False) for _ in range(case['k']))
-    module = torch.nn.Sequential(*blocks).to(device, memory_format=torch.channels_last)
+    module = torch.nn.Sequential(*blocks).to(device).to(memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     shape = case['images'], case['channels'], case['side'], case['side']
     x, dz = (torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last) for _ in range(2))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+__all__ = ['CPU_CASE', 'GPU_CASE', 'LOW_CASE', 'goals', 'report', 'table']
+
 COMMAND = 'python -m benchmarks.stage --max-minutes 8 --output DIR'
 GPU_CASE, CPU_CASE = 'B = 128, M = 1024, k = 5, bfloat16', 'B = 16, M = 1024, k = 5, float32'
 LOW_CASE, BLOCK_CASE = CPU_CASE.replace('float32', 'bfloat16'), 'B = 16, M = 1024, k = 1, bfloat16'
@@ -22,7 +24,8 @@ def comparison(entry: dict[str, Any]) -> list[str]:
         if 'failed' in row:
             lines.append(f'| {name} | {row["failed"]} | | | | | |')
             continue
-        time = f'{best(row) / best(ours):.2f}' if best(row) and best(ours) else ''
+        ms, our_ms = best(row), best(ours)
+        time = f'{ms / our_ms:.2f}' if ms and our_ms else ''
         memory = f'{row["bytes"] / ours["bytes"]:.1f}' if row.get('bytes') and ours.get('bytes') else ''
         figures = [f'{row[key]:.3f}' if row.get(key) is not None else '-' for key in ('forward', 'both', 'graph')]
         held = f'{row["bytes"] / 1e6:.1f}' if row.get('bytes') is not None else '-'
@@ -37,10 +40,10 @@ def comparison(entry: dict[str, Any]) -> list[str]:
 def _goal(record: dict[str, Any], case: str, of: str, against: str | None, key: str) -> float | None:
     entry = next((entry for entry in record['cases'] if entry['name'] == case), None)
     rows = [entry['results'].get(name, {}) for name in (of, against or of)] if entry else [{}, {}]
-    values = [row.get('bytes') if key == 'bytes' else best(row) for row in rows]
-    if None in values:
+    value, other = (row.get('bytes') if key == 'bytes' else best(row) for row in rows)
+    if value is None or other is None:
         return None
-    return values[1] / values[0] if against else values[0]
+    return other / value if against else value
 
 
 GOALS = [  # whether on a GPU, what, the case, whose, against whom, of which figure, the bound, its unit
@@ -120,7 +123,7 @@ def table(record: dict[str, Any]) -> str:
             lines += comparison(entry)
     lines += [f'WRONG: {check["what"]}: {check["error"]:.1e} > {check["tolerance"]:.0e}'
               for check in record['checks'] if not check['right']]
-    fastest = {}
+    fastest: dict[str, dict[str, Any]] = {}
     for row in record['tiles']:
         if 'ms' in row and row['ms'] < fastest.get(row['kernel'], row)['ms'] * 1.0001:
             fastest[row['kernel']] = row

@@ -65,18 +65,18 @@ def test_the_end_of_time_and_a_failing_part_cost_nothing_else(tmp_path, monkeypa
 
 def test_checks_find_what_is_wrong(monkeypatch):
     """A backend that forgets the normaliser fails, and one that gives NaN too."""
-    def draw(backend):
-        projected, t, dh, scale = check.draw_operands(torch.float32, CPU, 1, 20, 8, 8, 2, 5.0)
-        q, k, g = projected.split((8, 8, 16), dim=2)
-        got = check.run_backend(backend, projected, t, dh, 8, 8, scale)
-        expected = check.sub_blocks_written_out(q, k, g, t, 8, scale, dh)
+    def draw():
+        *operands, scale = check.draw_operands(
+            torch.float32, CPU, images=1, positions=20, dim=8, inner=8, k=2, logits=5.0)
+        got = check.run_backend(ProductBackend, *operands, dim=8, inner=8, scale=scale)
+        expected = check.backend_written_out(*operands, dim=8, inner=8, scale=scale)
         return [check.relative(a, b) for a, b in zip(got, expected, strict=True)]
 
-    assert max(draw(ProductBackend)) < 1e-5
+    assert max(draw()) < 1e-5
     monkeypatch.setattr(torch, 'softmax', lambda x, dim, out=None: torch.exp(x, out=out))
-    assert max(draw(ProductBackend)) > 0.1
+    assert max(draw()) > 0.1
     monkeypatch.setattr(torch, 'softmax', lambda x, dim, out=None: torch.mul(x, math.nan, out=out))
-    assert not any(error <= 1e-5 for error in draw(ProductBackend))
+    assert not any(error <= 1e-5 for error in draw())
 
 
 @pytest.mark.parametrize('name', ['ours', 'ours, recompute', 'plain path', 'merged formula, autograd', 'SDPA k times'])

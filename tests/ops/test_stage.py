@@ -9,18 +9,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.stage.check import (
     TOLERANCE,
+    backend_written_out,
     bound,
+    draw_operands,
     errors,
     outputs,
     reference,
     relative,
-    sub_blocks_written_out,
+    run_backend,
     written_out,
 )
 from tests.support.process import ROOT, run
 from timm_nonlocal import NonlocalBlock, NonlocalStage
-from timm_nonlocal.ops import products as ops_products
-from timm_nonlocal.ops.stage import nonlocal_stage
+from timm_nonlocal.ops import products
+from timm_nonlocal.ops.stage import can_run, nonlocal_stage
 
 C = 64
 GPU = pytest.param('cuda', marks=pytest.mark.gpu)
@@ -117,11 +119,11 @@ def test_no_nan_where_the_logits_are_finite(device, dtype, size):
 
 
 @pytest.mark.parametrize('block', [1, 5000, 1 << 22])
-@pytest.mark.parametrize('keep', [0, 1 << 26])
+@pytest.mark.parametrize('reuse', [0, 1 << 26])
 @pytest.mark.parametrize('positions', [(4, 5), (10, 13)])
-def test_blocks_of_rows_and_chunks_of_images(monkeypatch, block, keep, positions):
-    monkeypatch.setitem(ops_products.BLOCK_BYTES, 'cpu', block)
-    monkeypatch.setitem(ops_products.KEEP_BYTES, 'cpu', keep)
+def test_blocks_of_rows_and_chunks_of_images(monkeypatch, block, reuse, positions):
+    monkeypatch.setitem(products.BLOCK_BYTES, 'cpu', block)
+    monkeypatch.setitem(products.REUSE_BYTES, 'cpu', reuse)
     assert_accurate(NonlocalStage(C, 3).double(), torch.randn(5, C, *positions, dtype=torch.float64))
 
 
@@ -129,18 +131,15 @@ def test_blocks_of_rows_and_chunks_of_images(monkeypatch, block, keep, positions
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_products_of_low_precision_operands(dtype, logits):
     """What a GPU without Triton does: operands in 16 bits, sums in float32, H and A rounded."""
-    b, m, d, c, k = 2, 90, 32, 32, 3
-    q, keys, g, dh = (torch.randn(b, m, width).to(dtype) for width in (d, d, k * c, k * c))
-    t = (torch.randn(k * c, k * c) / (2 * c ** 0.5)).to(dtype)
-    scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
-    expected = sub_blocks_written_out(q, keys, g, t, c, scale, dh)
-    backend = ops_products.ProductBackend(q, m, c, scale)
-    backend.dtype, backend.sums, backend.one_by_one = dtype, torch.float32, False
-    h, dq, dk, dg = (torch.full_like(z, float('nan')) for z in (dh, q, keys, g))
-    backend.forward(q, keys, g, h, None, t)
-    backend.backward(q, keys, g, h, None, t, dh, dq, dk, dg)
-    for got, value in zip((h, dq, dk, dg), expected, strict=True):
-        assert relative(got, value) <= TOLERANCE[dtype]
+    def low_precision(*args):
+        backend = products.ProductBackend(*args)
+        backend.dtype, backend.sums, backend.one_by_one = dtype, torch.float32, False
+        return backend
+
+    *operands, scale = draw_operands(dtype, 'cpu', images=2, positions=90, dim=32, inner=32, k=3, logits=logits)
+    expected = backend_written_out(*operands, dim=32, inner=32, scale=scale)
+    assert max(errors(run_backend(low_precision, *operands, dim=32, inner=32, scale=scale), expected)
+               ) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize('k', [1, 5])
@@ -156,9 +155,9 @@ def test_what_is_kept_for_the_backward_pass(k):
         assert not recompute or sum(kept) == x.numel() + weights
 
 
-@pytest.mark.parametrize('frugal', [1, 1 << 20, 1 << 30])
-def test_recomputing_changes_nothing(monkeypatch, frugal):
-    monkeypatch.setattr('timm_nonlocal.ops.stage.RECOMPUTE_BYTES', frugal)
+@pytest.mark.parametrize('limit', [1, 1 << 20, 1 << 30])
+def test_recomputing_changes_nothing(monkeypatch, limit):
+    monkeypatch.setattr('timm_nonlocal.ops.stage.RECOMPUTE_BYTES', limit)
     module, x = NonlocalStage(C, 3), torch.randn(5, C, 6, 6)
     dz = torch.randn_like(x)
     before = outputs(module, x, dz)
@@ -170,14 +169,14 @@ def test_recomputing_changes_nothing(monkeypatch, frugal):
 def test_one_closing_pass_whatever_k_is(monkeypatch):
     """Of the products of the backward pass, two give an M×M matrix: A again, and dA."""
     square = []
-    product = ops_products.ProductBackend._product
+    product = products.ProductBackend._product
 
     def counted(self, a, b, *args, **kwargs):
         result = product(self, a, b, *args, **kwargs)
         square.append(result.shape[1:] == (64, 64))
         return result
 
-    monkeypatch.setattr(ops_products.ProductBackend, '_product', counted)
+    monkeypatch.setattr(products.ProductBackend, '_product', counted)
     for k in (1, 2, 6):
         z = NonlocalStage(C, k)(torch.randn(1, C, 8, 8, requires_grad=True))
         square.clear()
@@ -212,6 +211,17 @@ def test_second_derivative_is_refused():
 def test_one_dtype():
     with pytest.raises(TypeError, match=r'x is torch\.float64 and the weights are torch\.float32: use autocast'):
         NonlocalStage(C, 2)(torch.randn(1, C, 4, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('backend', ['triton', 'cudnn'])
+def test_a_backend_that_does_not_run_here_is_refused(backend):
+    x, weight = torch.randn(1, 4, 8), torch.randn(8, 8)
+    assert torch.equal(*(nonlocal_stage(x, [], [weight], [weight], 1.0, backend=able) for able in ('products', None)))
+    assert not can_run(backend, x.device, x.dtype, 8, 8)
+    with pytest.raises(ValueError, match=f"^backend='{backend}' does not run .* on cpu .*: use 'products', or None"):
+        nonlocal_stage(x, [], [weight], [weight], 1.0, backend=backend)
+    with pytest.raises(ValueError, match="^formulation='other' is unknown: use one of proposed, original$"):
+        nonlocal_stage(x, [], [weight], [weight], 1.0, formulation='other')
 
 
 @DEVICES
@@ -258,7 +268,7 @@ def test_inference_gives_the_same_and_keeps_the_memory_format(context, fmt):
     assert torch.equal(z, expected) and z.is_contiguous(memory_format=fmt)
 
 
-def test_frozen_parts():
+def test_frozen_weights():
     """Gradients for some of the inputs only."""
     module, x = NonlocalStage(C, 2), torch.randn(1, C, 4, 4)
     module.theta.requires_grad_(False)
@@ -280,8 +290,8 @@ def test_operator_is_well_formed(device, recompute, formulation):
     """Schema, shapes of fake tensors, autograd registration and compilation, as torch checks them."""
     w_in, w_out = (torch.randn(shape, device=device, requires_grad=True) for shape in ((4 * 8, 16), (16, 2 * 8)))
     x = torch.randn(3, 5, 16, device=device, requires_grad=True)
-    options = 8, 2, 0.3, formulation, 'products', True, recompute
-    torch.library.opcheck(torch.ops.timm_nonlocal.stage, (x, w_in, w_out, *options))
+    options = dict(inner=8, embeddings=2, scale=0.3, formulation=formulation, backend='products', recompute=recompute)
+    torch.library.opcheck(torch.ops.timm_nonlocal.stage, (x, w_in, w_out), {**options, 'needs_grad': not recompute})
 
 
 @pytest.mark.parametrize('module', [NonlocalStage(C, 3), NonlocalStage(C, 2, recompute=True), NonlocalBlock(C),

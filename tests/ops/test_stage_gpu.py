@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks.stage.check import TOLERANCE, relative, sub_blocks_written_out
+from benchmarks.stage.check import TOLERANCE, backend_written_out, draw_operands, errors, relative, run_backend
 from timm_nonlocal import NonlocalStage
-from timm_nonlocal.ops import can_run_triton
+from timm_nonlocal.ops import stage
 from timm_nonlocal.ops.products import ProductBackend
 
 pytestmark = pytest.mark.gpu
@@ -73,24 +73,18 @@ def test_compile(dtype):
 @pytest.mark.parametrize('logits', [5.0, 100.0])
 def test_matrix_products(dtype, logits):
     """The backend for what the Triton kernels do not take, with products of 16-bit operands summed in float32."""
-    width, inner, k = 32, 32, 3
-    q, keys, g, dh = (torch.randn(2, 200, n, device='cuda').to(dtype) for n in (width, width, k * inner, k * inner))
-    t = (torch.randn(k * inner, k * inner, device='cuda') / (2 * inner ** 0.5)).to(dtype)
-    scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
-    expected = sub_blocks_written_out(q, keys, g, t, inner, scale, dh)
-    backend = ProductBackend(q, 200, inner, scale)
-    h, dq, dk, dg = (torch.full_like(z, float('nan')) for z in (dh, q, keys, g))
-    backend.forward(q, keys, g, h, None, t)
-    backend.backward(q, keys, g, h, None, t, dh, dq, dk, dg)
-    for got, value in zip((h, dq, dk, dg), expected, strict=True):
-        assert relative(got, value) <= TOLERANCE[dtype]
+    *operands, scale = draw_operands(dtype, 'cuda', images=2, positions=200, dim=32, inner=32, k=3, logits=logits)
+    expected = backend_written_out(*operands, dim=32, inner=32, scale=scale)
+    assert max(errors(run_backend(ProductBackend, *operands, dim=32, inner=32, scale=scale), expected)
+               ) <= TOLERANCE[dtype]
 
 
 def test_choice():
     """Triton for 16 bits and widths it takes, matrix products for the rest."""
-    able = {(dtype, width): can_run_triton(torch.empty(1, device='cuda', dtype=dtype), width, width)
-            for dtype in (torch.bfloat16, torch.float32) for width in (32, 256)}
-    assert [case for case, can in able.items() if can] == [(torch.bfloat16, 32)]
+    chosen = {(dtype, width): stage._choose(None, torch.device('cuda'), dtype, width, width)
+              for dtype in (torch.bfloat16, torch.float32) for width in (32, 256)}
+    assert chosen == {(torch.bfloat16, 32): 'triton', (torch.bfloat16, 256): 'products',
+                      (torch.float32, 32): 'products', (torch.float32, 256): 'products'}
 
 
 @pytest.mark.parametrize('affinity', ['embedded_gaussian', 'dot_product', 'positive_dot_product'])

@@ -9,14 +9,14 @@ import os
 import pytest
 import torch
 
-from benchmarks.stage.check import TOLERANCE, bound, errors, relative, sub_blocks_written_out
+from benchmarks.stage.check import TOLERANCE, backend_written_out, bound, draw_operands, errors, relative, run_backend
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip('no CUDA device; test_stage.py runs this file through the interpreter', allow_module_level=True)
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
 DTYPES = [torch.bfloat16, torch.float16] + [torch.float32] * INTERPRETED  # tensor cores would round float32
-# dtype, largest logit, deterministic, and whether H is A G - G or A G
+# dtype, largest logit, deterministic, formulation
 CASES = [*((dtype, 5.0, False, 'proposed') for dtype in DTYPES), (torch.bfloat16, 100.0, False, 'proposed'),
          (torch.bfloat16, 100.0, True, 'proposed'), (torch.bfloat16, 100.0, False, 'original')]
 
@@ -61,34 +61,19 @@ def a_better_interpreter():
         yield
 
 
-def operands(dtype, images, positions, dim, inner, k):
-    """Q, K, G⁰ as views of one tensor, T and dH."""
-    projected = torch.randn(images, positions, 2 * dim + k * inner, device=DEVICE).to(dtype)
-    t = (torch.randn(k * inner, k * inner, device=DEVICE) / (2 * inner ** 0.5)).to(dtype)
-    dh = torch.randn(images, positions, k * inner, device=DEVICE).to(dtype)
-    return projected, t, dh
-
-
-def split(projected, dim):
-    return projected[:, :, :dim], projected[:, :, dim:2 * dim], projected[:, :, 2 * dim:]
-
-
-def computed(projected, t, dh, dim, inner, scale, deterministic=False, formulation='proposed'):
-    """H, dQ, dK and dG⁰; every output starts as NaN."""
+def run_triton(*operands, deterministic=False, **sizes):
+    """H, dQ, dK and dG⁰."""
     from timm_nonlocal.ops.triton_backend import TritonBackend
-    own = TritonBackend(projected, projected.shape[1], inner, scale, formulation)
-    projected, dh = projected.clone(), dh.clone()
-    nan = float('nan')
-    h = torch.full((*dh.shape[:2], own.halves * dh.shape[2]), nan, dtype=dh.dtype, device=DEVICE)
-    rows = torch.full((*dh.shape[:2], own.statistics), nan, device=DEVICE)
-    gradient = torch.full_like(projected, nan)
-    own.forward(*split(projected, dim), h, rows, t)
     torch.use_deterministic_algorithms(deterministic)
     try:
-        own.backward(*split(projected, dim), h, rows, t, dh, *split(gradient, dim))
+        return run_backend(TritonBackend, *operands, **sizes)
     finally:
         torch.use_deterministic_algorithms(False)
-    return h[:, :, :dh.shape[2]], *split(gradient, dim)
+
+
+def draw(dtype, images, positions, width=32, k=2):
+    """Q, K and G⁰ side by side, T, dH."""
+    return draw_operands(dtype, DEVICE, images=images, positions=positions, dim=width, inner=width, k=k, logits=1.0)[:3]
 
 
 @pytest.mark.parametrize('case', CASES, ids=str)
@@ -102,20 +87,19 @@ def computed(projected, t, dh, dim, inner, scale, deterministic=False, formulati
 ])
 def test_accuracy(case, images, positions, dim, inner, k):
     dtype, logits, deterministic, formulation = case
-    projected, t, dh = operands(dtype, images, positions, dim, inner, k)
-    q, keys, g = split(projected, dim)
-    scale = logits / (q.double() @ keys.double().transpose(1, 2)).abs().max().item()
-    plain, expected = (sub_blocks_written_out(q, keys, g, t, inner, scale, dh, formulation, kind)
-                       for kind in (dtype, torch.float64))
-    got = computed(projected, t, dh, dim, inner, scale, deterministic, formulation)
+    *operands, scale = draw_operands(
+        dtype, DEVICE, images=images, positions=positions, dim=dim, inner=inner, k=k, logits=logits)
+    sizes = dict(dim=dim, inner=inner, scale=scale, formulation=formulation)
+    plain, expected = (backend_written_out(*operands, **sizes, dtype=kind) for kind in (dtype, torch.float64))
+    got = run_triton(*operands, **sizes, deterministic=deterministic)
     for name, error, most in zip(('H', 'dQ', 'dK', 'dG'), errors(got, expected), bound(dtype, plain, expected),
                                  strict=True):
         assert error <= most, name
 
 
 def test_deterministic_runs_agree_in_every_bit():
-    projected, t, dh = operands(torch.bfloat16, 2, 100, 32, 32, 2)
-    first, second = (computed(projected, t, dh, 32, 32, 0.2, deterministic=True) for _ in range(2))
+    operands = draw(torch.bfloat16, 2, 100)
+    first, second = (run_triton(*operands, dim=32, inner=32, scale=0.2, deterministic=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -123,10 +107,10 @@ def test_deterministic_runs_agree_in_every_bit():
 @pytest.mark.parametrize('positions', [1, 96])
 def test_inputs_without_differences(dtype, positions):
     """H = 0; the errors of what is zero are measured against what cancels."""
-    projected, t, dh = operands(dtype, 2, positions, 32, 32, 2)
+    projected, t, dh = draw(dtype, 2, positions)
     projected[:] = projected[:, :1]
-    expected = sub_blocks_written_out(*split(projected, 32), t, 32, 0.2, dh)
-    h, dq, dk, dg = computed(projected, t, dh, 32, 32, 0.2)
+    expected = backend_written_out(projected, t, dh, dim=32, inner=32, scale=0.2)
+    h, dq, dk, dg = run_triton(projected, t, dh, dim=32, inner=32, scale=0.2)
     assert h.double().norm() <= TOLERANCE[dtype] * projected.double().norm()
     assert (dg.double() - expected[3]).norm() <= TOLERANCE[dtype] * dh.double().norm()
     for z in (dq, dk):
@@ -136,19 +120,19 @@ def test_inputs_without_differences(dtype, positions):
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_constants_are_fixed_points(dtype):
     """A rounded to 16 bits still has rows that sum to one: where G is constant, H vanishes as in float32."""
-    projected, t, dh = operands(dtype, 1, 100, 32, 32, 1)
+    projected, t, dh = draw(dtype, 1, 100, k=1)
     projected[:, :, 64:] = projected[:, :1, 64:]
-    h = computed(projected, t, dh, 32, 32, 1.0)[0]
+    h = run_triton(projected, t, dh, dim=32, inner=32, scale=1.0)[0]
     assert h.abs().max() <= 1e-5 * projected[:, :, 64:].abs().max()
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16] + [torch.float32] * INTERPRETED)
 @pytest.mark.parametrize('size', [1e-30, 1e6, 1e15])
 def test_no_nan_where_the_logits_are_finite(dtype, size):
-    projected, t, dh = operands(dtype, 1, 40, 16, 16, 2)
+    projected, t, dh = draw(dtype, 1, 40, width=16)
     projected[:, :, :32] *= size
     projected[:, 3] = 0
-    assert all(z.isfinite().all() for z in computed(projected, t, dh, 16, 16, 0.25))
+    assert all(z.isfinite().all() for z in run_triton(projected, t, dh, dim=16, inner=16, scale=0.25))
 
 
 @pytest.mark.parametrize('recompute', [False, True])
@@ -156,17 +140,17 @@ def test_no_nan_where_the_logits_are_finite(dtype, size):
 def test_block_and_stage(monkeypatch, recompute, options):
     """The whole operator with this backend, some images at a time."""
     from timm_nonlocal import NonlocalBlock, NonlocalStage
-    from timm_nonlocal.ops import stage as ops
-    monkeypatch.setattr(ops, 'can_run_triton', lambda *_: True)
-    monkeypatch.setattr(ops, 'RECOMPUTE_BYTES', 1 << 18)
+    from timm_nonlocal.ops import stage
+    monkeypatch.setattr(stage, '_choose', lambda *_: 'triton')
+    monkeypatch.setattr(stage, 'RECOMPUTE_BYTES', 1 << 18)
     x = torch.randn(5, 32, 6, 7, dtype=torch.bfloat16, device=DEVICE)
     dz = torch.randn_like(x)
     modules = [NonlocalStage(32, 2, recompute=recompute, **options)] + [NonlocalBlock(32, **options)] * (not recompute)
     for module in modules:
         exact = copy.deepcopy(module.to(DEVICE, torch.bfloat16)).double()
         exact.merged, results = False, []
-        for part, dtype in ((module, torch.bfloat16), (exact, torch.float64)):
-            z = part(leaf := x.to(dtype).requires_grad_())
-            results.append([z.detach(), *torch.autograd.grad(z, [leaf, *part.parameters()], dz.to(dtype))])
+        for net, dtype in ((module, torch.bfloat16), (exact, torch.float64)):
+            z = net(leaf := x.to(dtype).requires_grad_())
+            results.append([z.detach(), *torch.autograd.grad(z, [leaf, *net.parameters()], dz.to(dtype))])
         for a, b in zip(*results, strict=True):
             assert relative(a, b) <= 1e-2

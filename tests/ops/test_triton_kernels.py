@@ -20,7 +20,7 @@ from timm_nonlocal.ops.triton_backend import TILES  # noqa: E402
 H100 = GPUTarget('cuda', 90, 32)
 SHARED = 227 << 10  # bytes that a program may have there
 CUOBJDUMP = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
-IN_FLOAT32 = {'rows_ptr', 'norm_ptr', 'delta_ptr'}
+IN_FLOAT32 = {'row_stats_ptr', 'delta_ptr'}
 CLOSING = {'K': 5, 'HOLD': True}
 
 
@@ -47,11 +47,11 @@ def compiled(kernel, tile, width, even, **constants):
 
 
 @pytest.mark.parametrize(('kernel', 'constants'), [
-    (kernels.apply, dict(FIRST=True, LAST=False, DIFFERENCE=True)),
-    (kernels.apply, dict(FIRST=False, LAST=False, DIFFERENCE=True)),
-    (kernels.apply, dict(FIRST=True, LAST=True, DIFFERENCE=False)),
-    (kernels.apply_transposed, dict(FIRST=False, LAST=False, DIFFERENCE=True)),
-    (kernels.apply_transposed, dict(FIRST=True, LAST=True, DIFFERENCE=False)),
+    (kernels.apply, dict(FIRST=True, LAST=False, PROPOSED=True)),
+    (kernels.apply, dict(FIRST=False, LAST=False, PROPOSED=True)),
+    (kernels.apply, dict(FIRST=True, LAST=True, PROPOSED=False)),
+    (kernels.apply_transposed, dict(FIRST=False, LAST=False, PROPOSED=True)),
+    (kernels.apply_transposed, dict(FIRST=True, LAST=True, PROPOSED=False)),
     (kernels.close_keys, dict(ATOMIC=True, **CLOSING)), (kernels.close_keys, dict(ATOMIC=False, **CLOSING)),
     (kernels.close_queries, CLOSING)],
     ids=['first', 'apply', 'original', 'transposed', 'original transposed', 'keys', 'keys, deterministic', 'queries'])
@@ -69,7 +69,7 @@ def test_compiles_for_hopper(tmp_path, kernel, constants, even):
 @pytest.mark.parametrize('kernel', TILES, ids=lambda kernel: kernel.fn.__name__)
 def test_some_tile_of_wide_blocks_fits(kernel):
     """D = C' = 128, two sub-blocks."""
-    constants = dict(K=2, HOLD=False) if 'K' in kernel.arg_names else dict(FIRST=False, LAST=False, DIFFERENCE=True)
+    constants = dict(K=2, HOLD=False) if 'K' in kernel.arg_names else dict(FIRST=False, LAST=False, PROPOSED=True)
     constants |= dict(ATOMIC=True) if 'ATOMIC' in kernel.arg_names else {}
     shared = [compiled(kernel, tile, 128, True, **constants).metadata.shared for tile in TILES[kernel][128]]
     assert min(shared) <= SHARED

@@ -1,4 +1,4 @@
-"""The sub-blocks of a nonlocal stage by matrix products, on any device: A is made for a few images or rows at a time.
+"""The backend by matrix products, on any device: A is made for a few images or rows at a time.
 
     Gⁿ = G⁰ⁿ + Σ_{m<n} Hᵐ Tₙₘᵀ,   Hⁿ = A Gⁿ - Gⁿ,   A = softmax(s Q Kᵀ)
 
@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+__all__ = ['ProductBackend']
+
 BLOCK_BYTES = {'cpu': 4 << 20, 'cuda': 128 << 20}  # of one block of rows, or of all images of a chunk, a CPU thread
-CHUNK = 4  # times as many images go through the maps around them at once: fewer, larger products
-KEEP_BYTES = {'cpu': 64 << 20, 'cuda': 128 << 20}  # A is made once for all sub-blocks up to this size, else for each
+CHUNK = 4  # times as many images go through the maps outside of the backend at once: fewer, larger products
+REUSE_BYTES = {'cpu': 64 << 20, 'cuda': 128 << 20}  # A is made once for all sub-blocks up to this size, else for each
 
 
 @functools.cache
@@ -45,21 +47,21 @@ def linear_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class ProductBackend:
-    """The sub-blocks of one call of the stage; its buffers are used again for every chunk of images.
+    """Hⁿ and their gradients in one call of the stage; its buffers are used again for every chunk of images.
 
     Args:
         like: gives the device and the dtype.
         positions: M.
         inner: C'.
         scale: s.
-        formulation: 'proposed' for Hⁿ = A Gⁿ - Gⁿ, 'original' for A Gⁿ.
+        formulation: 'proposed' has Hⁿ = A Gⁿ - Gⁿ, 'original' A Gⁿ.
 
     Attributes:
         dtype: what the tensors given to `forward` and `backward` must have, see `operands`.
         images: how many images `forward` and `backward` take at most.
     """
 
-    statistics = 0  # numbers noted about each row of A
+    stats_per_row = 0  # numbers noted about each row of A
     halves = 1  # of H; a second one would hold what rounding took off it
 
     @staticmethod
@@ -80,7 +82,7 @@ class ProductBackend:
         self.one_by_one = self.dtype == torch.float32 and device == 'cpu' and onednn_is_faster()
         self.together = 1 if self.one_by_one else max(1, block // (positions * row))
         self.images = self.together * (1 if like.is_cuda else CHUNK)
-        self.keep = positions * row <= KEEP_BYTES[device]
+        self.reuse = positions * row <= REUSE_BYTES[device]
         self.buffers: dict[str, Tensor] = {}
 
     def forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, row_stats: Tensor, t: Tensor) -> None:
@@ -90,11 +92,11 @@ class ProductBackend:
             q, k: (b, M, D).
             g: (b, M, k C'), G⁰ before and G after.
             h: (b, M, `halves` k C'), written.
-            row_stats: (b, M, `statistics`) float32, written where there are any.
+            row_stats: (b, M, `stats_per_row`) float32, written where there are any.
             t: (k C', k C'), the inner maps Tₙₘ = W_gⁿ W_Zᵐ, of which those with m < n are read.
         """
         for images in zip(*(z.split(self.together) for z in (q, k, g, h)), strict=True):
-            self._forward(*images, t)
+            self._forward(t, *images)
 
     def backward(
             self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, row_stats: Tensor, t: Tensor,
@@ -104,14 +106,14 @@ class ProductBackend:
 
         Args:
             q, k, g, h, row_stats, t: as `forward` took and left them.
-            dh: (b, M, k C'), the gradient that reaches H from outside; what reaches it inside the stage is added.
+            dh: (b, M, k C'), the gradient that reaches H from outside; what reaches it from later sub-blocks is added.
             dq, dk: (b, M, D), written.
             dg: (b, M, k C'), written.
         """
         for images in zip(*(z.split(self.together) for z in (q, k, g, dh, dq, dk, dg)), strict=True):
-            self._backward(*images, t)
+            self._backward(t, *images)
 
-    def _forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, t: Tensor) -> None:
+    def _forward(self, t: Tensor, q: Tensor, k: Tensor, g: Tensor, h: Tensor) -> None:
         affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
         for n in range(0, g.shape[2], self.inner):
             g_n, h_n = (z[:, :, n:n + self.inner] for z in (g, h))
@@ -120,8 +122,8 @@ class ProductBackend:
             for block in self.blocks:
                 self._subtract(affinity(block), g_n, g_n[:, block], h_n[:, block])
 
-    def _backward(self, q: Tensor, k: Tensor, g: Tensor, dh: Tensor, dq: Tensor, dk: Tensor, dg: Tensor,
-                  t: Tensor) -> None:
+    def _backward(self, t: Tensor, q: Tensor, k: Tensor, g: Tensor, dh: Tensor, dq: Tensor, dk: Tensor,
+                  dg: Tensor) -> None:
         affinity = self._affinity(q, k, again=g.shape[2] > self.inner)
         columns, whole = g.contiguous().transpose(1, 2), len(self.blocks) == 1  # (b, k C', M)
         dk_sum = None  # (b, M, D)
@@ -156,12 +158,12 @@ class ProductBackend:
             again: every row will be asked for more than once.
         """
         b, m, _ = q.shape
-        keep, made = again and self.keep, set()
+        reuse, made = again and self.reuse, set()
 
         def affinity(block: slice) -> Tensor:
-            shape = (b, m, m) if keep else (b, block.stop - block.start, m)
+            shape = (b, m, m) if reuse else (b, block.stop - block.start, m)
             a = self._buffer('a', shape, self.dtype)
-            a = a[:, block] if keep else a
+            a = a[:, block] if reuse else a
             if block.start not in made:
                 if self.dtype == self.sums:
                     logits = self._product(q[:, block], k.transpose(1, 2), self.scale, out=a)
@@ -169,7 +171,7 @@ class ProductBackend:
                 else:
                     logits = self._product(q[:, block], k.transpose(1, 2), self.scale)
                     a.copy_(torch.softmax(logits, dim=2, out=logits))
-                if keep:
+                if reuse:
                     made.add(block.start)
             return a
 

@@ -1,14 +1,14 @@
 """The nonlocal stage with a softmax affinity, eq. (8), and the block of eq. (1), as one differentiable operator.
 
-Zᵏ = X + Σₙ Hⁿ W_Zⁿᵀ, where a backend (`products`, `triton_backend`) makes the Hⁿ with everything C' wide. No M×M matrix
-is kept for the backward pass: it makes A again, and closes with one pass for Q and K whatever k is, since
+Zᵏ = X + Σₙ Hⁿ W_Zⁿᵀ, where the Hⁿ, C' wide, come from a backend (`products`, `triton_backend`). No M×M matrix is kept
+for the backward pass: it makes A again, and closes with one pass for Q and K whatever k is, since
 dA = [dH¹…dHᵏ][G¹…Gᵏ]ᵀ.
 
 Shapes: B images, M positions, C channels, D embedding channels, k sub-blocks of C' channels each.
 """
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
@@ -16,38 +16,45 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .products import ProductBackend
 
-__all__ = ['BACKENDS', 'can_run_triton', 'nonlocal_stage']
+if TYPE_CHECKING:
+    from .triton_backend import TritonBackend
 
-BACKENDS = 'products', 'triton'
+__all__ = ['can_run', 'nonlocal_stage']
+
 RECOMPUTE_BYTES = 48 << 20  # what a chunk of images may take where nothing but x is kept
+BACKENDS = 'triton', 'products'  # the fastest first
+FORMULATIONS = 'proposed', 'original'
+OPTIONS = 'inner', 'embeddings', 'scale', 'formulation', 'backend', 'recompute'  # of both operators
 
 
 @functools.cache
-def _triton_backend() -> type | None:
-    """Imported when a GPU first asks for it: Triton takes its time, and is not there on every system."""
+def can_run(backend: str, device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> bool:
+    """Whether a backend takes a device, a dtype, D and C': 'products' takes all."""
+    if backend != 'triton' or device.type != 'cuda':
+        return backend == 'products'
     try:
         from .triton_backend import TritonBackend
     except ImportError:
-        return None
+        return False
+    return TritonBackend.supports(device, dtype, dim, inner)
+
+
+def _backend_class(backend: str) -> type[Union[ProductBackend, 'TritonBackend']]:
+    """Triton is imported when a GPU first asks for it: it takes its time, and is not there on every system."""
+    if backend == 'products':
+        return ProductBackend
+    from .triton_backend import TritonBackend
     return TritonBackend
 
 
-def can_run_triton(weight: Tensor, dim: int, inner: int) -> bool:
-    """Whether the Triton kernels take weights of this device and dtype with D = dim and C' = inner."""
-    triton = _triton_backend() if weight.is_cuda else None
-    return triton is not None and triton.supports(weight, dim, inner)
-
-
-def _chosen(backend: str | None, weight: Tensor, dim: int, inner: int) -> str:
-    """The backend that was asked for, or the fastest. Raises ValueError if it cannot run."""
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f'backend={backend!r} is unknown: use one of {", ".join(BACKENDS)}, or None for the fastest')
-    able = backend != 'products' and can_run_triton(weight, dim, inner)
-    if backend == 'triton' and not able:
-        raise ValueError(f"backend='triton' takes bfloat16 and float16 on a GPU from compute capability 8.0 on, at "
-                         f"most 128 wide, not {weight.dtype} on {weight.device} of widths {dim} and {inner}: use "
-                         f"'products'")
-    return 'triton' if able else 'products'
+@torch.compiler.assume_constant_result
+def _choose(backend: str | None, device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> str:
+    """The backend asked for, or the fastest that can run. Raises ValueError where it cannot."""
+    able = [name for name in BACKENDS if can_run(name, device, dtype, dim, inner)]
+    if backend is not None and backend not in able:
+        raise ValueError(f"backend={backend!r} does not run {dtype} on {device} with D = {dim} and C' = {inner}: "
+                         f'use {" or ".join(map(repr, able))}, or None for the fastest')
+    return backend or able[0]
 
 
 def nonlocal_stage(
@@ -73,12 +80,23 @@ def nonlocal_stage(
             images at a time.
         formulation: 'proposed' applies A - 1 in every sub-block; 'original' applies A, so that one sub-block is the
             block of eq. (1).
-        backend: 'products', 'triton' (see `can_run_triton`) or None for the fastest.
+        backend: 'triton' (16 bits on a GPU, D and C' up to 128), 'products' (everywhere), or None for the fastest
+            that can run.
+
+    Returns:
+        Zᵏ, (B, M, C), in x's dtype.
 
     Raises:
         ValueError: an unknown formulation or backend, or a backend that cannot run here.
         TypeError: x and the weights differ in dtype outside autocast.
+        ValueError: an unknown formulation, or a backend that is unknown or does not take the case.
         RuntimeError: it is differentiated twice.
+
+    Example:
+        >>> x, w_g, w_z = torch.randn(2, 9, 4), torch.randn(2, 4), torch.randn(4, 2)
+        >>> z = nonlocal_stage(x, [], [w_g], [w_z], scale=0.5, formulation='original')
+        >>> torch.allclose(z, x + torch.softmax(0.5 * x @ x.mT, dim=2) @ x @ (w_z @ w_g).T, atol=1e-4)
+        True
     """
     w_in, w_out = torch.cat([*embeddings, *w_g]), torch.cat(w_z, dim=1)
     device = x.device.type
@@ -87,17 +105,17 @@ def nonlocal_stage(
         w_in, w_out = w_in.to(low), w_out.to(low)
     elif x.dtype != w_in.dtype:
         raise TypeError(f'x is {x.dtype} and the weights are {w_in.dtype}: use autocast, or give both one dtype')
-    if formulation not in ('proposed', 'original'):
-        raise ValueError(f"formulation={formulation!r} is unknown: use 'proposed' or 'original'")
-    inner = w_g[0].shape[0]
-    backend = _chosen(backend, w_in, embeddings[0].shape[0] if embeddings else x.shape[-1], inner)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_out.requires_grad)
-    return _stage(x, w_in, w_out, inner=inner, embeddings=len(embeddings), scale=scale, formulation=formulation,
-                  backend=backend, needs_grad=needs_grad, recompute=recompute)[0]
+    if formulation not in FORMULATIONS:
+        raise ValueError(f'formulation={formulation!r} is unknown: use one of {", ".join(FORMULATIONS)}')
+    inner, dim = int(w_g[0].shape[0]), int(embeddings[0].shape[0] if embeddings else w_in.shape[1])
+    return _stage(
+        x, w_in, w_out, inner=inner, embeddings=len(embeddings), scale=scale, formulation=formulation,
+        backend=_choose(backend, w_in.device, w_in.dtype, dim, inner), recompute=recompute,
+        needs_grad=torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_out.requires_grad))[0]
 
 
 class _Call:
-    """What forward and backward share: the backend, the weights in its dtype, and the chunks of the batch."""
+    """What forward and backward share: the backend, the weights in its dtype, and the division of the batch."""
 
     def __init__(self, x: Tensor, w_in: Tensor, w_out: Tensor, *, inner: int, embeddings: int, scale: float,
                  formulation: str, backend: str, recompute: bool):
@@ -105,8 +123,7 @@ class _Call:
         self.maps = w_out.shape[1]  # k C'
         self.embedded = len(w_in) - self.maps
         self.dim = self.embedded // embeddings if embeddings else channels
-        kind = ProductBackend if backend == 'products' else _triton_backend()
-        self.backend = kind(w_in, self.positions, inner, scale, formulation)
+        self.backend = _backend_class(backend)(w_in, self.positions, inner, scale, formulation)
         self.w_in, self.w_out = w_in.to(self.backend.dtype), w_out.to(self.backend.dtype)
         self.t = self.w_in[self.embedded:] @ self.w_out  # (k C', k C'): Tₙₘ = W_gⁿ W_Zᵐ for all n and m
         images = self.backend.images
@@ -120,10 +137,10 @@ class _Call:
     def empty(self, images: int, width: int) -> Tensor:
         return self.w_in.new_empty(images, self.positions, width)
 
-    def buffers(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For X W_inᵀ, which is Q, K and G; for H; for what the backend notes about the rows of A."""
+    def new_buffers(self, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For X W_inᵀ, which is Q, K and G; for H; for what is noted about the rows of A."""
         return (self.empty(images, len(self.w_in)), self.empty(images, self.backend.halves * self.maps),
-                self.w_in.new_empty(images, self.positions, self.backend.statistics, dtype=torch.float32))
+                self.w_in.new_empty(images, self.positions, self.backend.stats_per_row, dtype=torch.float32))
 
     def split(self, x: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views of Q, K and G."""
@@ -157,18 +174,18 @@ class _Call:
 @torch.library.custom_op('timm_nonlocal::stage', mutates_args=())
 def _stage(
         x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float, formulation: str,
-        backend: str, needs_grad: bool, recompute: bool,
+        backend: str, recompute: bool, needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Zᵏ, and what `_stage_backward` goes on with (of no image where nothing needs it, or it recomputes)."""
+    """Zᵏ, and what `_stage_backward` goes on with (of no image if nothing needs a gradient or it recomputes)."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         call = _Call(x, w_in, w_out, inner=inner, embeddings=embeddings, scale=scale, formulation=formulation,
                      backend=backend, recompute=recompute)
-        z, keep = torch.empty_like(x), needs_grad and not recompute
-        buffers = call.buffers(len(x) if keep else call.largest)
+        z, kept = torch.empty_like(x), needs_grad and not recompute
+        buffers = call.new_buffers(len(x) if kept else call.largest)
         for chunk in call.chunks:
-            state = (a[chunk] if keep else a[:chunk.stop - chunk.start] for a in buffers)
-            torch.add(x[chunk], call.forward(x[chunk].to(call.backend.dtype), *state), out=z[chunk])
-        return z, *(buffers if keep else call.buffers(0))
+            own = (a[chunk] if kept else a[:chunk.stop - chunk.start] for a in buffers)
+            torch.add(x[chunk], call.forward(x[chunk].to(call.backend.dtype), *own), out=z[chunk])
+        return z, *(buffers if kept else call.new_buffers(0))
 
 
 @torch.library.custom_op('timm_nonlocal::stage_backward', mutates_args=())
@@ -181,18 +198,18 @@ def _stage_backward(
         call = _Call(x, w_in, w_out, inner=inner, embeddings=embeddings, scale=scale, formulation=formulation,
                      backend=backend, recompute=recompute)
         kept = len(projected) == len(x)
-        buffers = (projected, h, row_stats) if kept else call.buffers(call.largest)
-        for_gradients = call.empty(call.largest, len(w_in)), call.empty(call.largest, call.maps)
+        buffers = (projected, h, row_stats) if kept else call.new_buffers(call.largest)
+        gradients = call.empty(call.largest, len(w_in)), call.empty(call.largest, call.maps)
         dx = torch.empty_like(x)
         sums = torch.promote_types(call.backend.dtype, torch.float32)
         totals = [torch.zeros_like(w, dtype=sums) for w in (call.w_in, call.w_out, call.t)]
         for chunk in call.chunks:
             count = chunk.stop - chunk.start
             dz_chunk, x_chunk = (a[chunk].to(call.backend.dtype) for a in (dz, x))
-            state = [a[chunk] if kept else a[:count] for a in buffers]
+            own = [a[chunk] if kept else a[:count] for a in buffers]
             if not kept:
-                call.forward(x_chunk, *state)
-            dx_chunk, *d_weights = call.backward(dz_chunk, x_chunk, *state, *(a[:count] for a in for_gradients))
+                call.forward(x_chunk, *own)
+            dx_chunk, *d_weights = call.backward(dz_chunk, x_chunk, *own, *(a[:count] for a in gradients))
             torch.add(dz[chunk], dx_chunk, out=dx[chunk])
             for total, d_weight in zip(totals, d_weights, strict=True):
                 total += d_weight
@@ -206,21 +223,24 @@ def _stage_backward(
 
 @_stage.register_fake
 def _(x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float, formulation: str,
-      backend: str, needs_grad: bool, recompute: bool) -> tuple[Tensor, ...]:
+      backend: str, recompute: bool, needs_grad: bool) -> tuple[Tensor, ...]:
     (batch, positions, _), (width, maps) = x.shape, (len(w_in), w_out.shape[1])
-    kind = ProductBackend if backend == 'products' else _triton_backend()
-    dtype, images = kind.operands(w_in), batch if needs_grad and not recompute else 0
-    kept = (width, dtype), (kind.halves * maps, dtype), (kind.statistics, torch.float32)
-    return torch.empty_like(x), *(w_in.new_empty(images, positions, columns, dtype=dtype) for columns, dtype in kept)
+    kind = _backend_class(backend)
+    dtype = kind.operands(w_in)
+    kept = (width, dtype), (kind.halves * maps, dtype), (kind.stats_per_row, torch.float32)
+    return torch.empty_like(x), *(
+        w_in.new_empty(batch if needs_grad and not recompute else 0, positions, columns, dtype=dtype)
+        for columns, dtype in kept)
 
 
 @_stage_backward.register_fake
-def _(dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(x), torch.empty_like(w_in), torch.empty_like(w_out)
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, w_in, w_out, *ctx.options, _, ctx.recompute = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w_in, w_out, *options, _ = inputs
+    ctx.options = dict(zip(OPTIONS, options, strict=True))
     ctx.set_materialize_grads(False)  # what is kept has none
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
@@ -230,7 +250,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _differentiate(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dz is None:
         return (None,) * 10
-    return *_stage_backward(dz, *ctx.saved_tensors, *ctx.options, ctx.recompute), *[None] * 7
+    return *_stage_backward(dz, *ctx.saved_tensors, **ctx.options), *[None] * 7
 
 
 def _refuse(ctx: Any, *_: Any) -> None:

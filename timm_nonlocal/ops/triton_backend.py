@@ -1,13 +1,14 @@
-"""The sub-blocks of a nonlocal stage by Triton kernels, for bfloat16 and float16 on a GPU.
+"""The backend by Triton kernels, for bfloat16 and float16 on a GPU. Shapes as in `products`."""
 
-Shapes as in `ops_products`.
-"""
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from .triton_kernels import apply, apply_transposed, close_keys, close_queries
+
+__all__ = ['TILES', 'TritonBackend']
 
 # Tiles by the wider of D and C: rows (or columns) that a program owns, those it takes at a step, warps, and stages of
 # software pipelining. The first that fits the GPU's shared memory is used.
@@ -24,24 +25,24 @@ LOG2_E = 1.4426950408889634
 
 
 class TritonBackend:
-    """The sub-blocks of one call of the stage, with the interface of `ops_products.ProductBackend`."""
+    """Hⁿ and their gradients in one call of the stage, with the interface of `ProductBackend`."""
 
-    statistics = 3  # row_max, row_sum and lse, each in one piece for an image
+    stats_per_row = 3  # row_max, row_sum and lse, each in one piece for an image
     halves = 2  # of H: its values and what rounding took off them
     images = 65535  # the limit of a grid
 
     @staticmethod
-    def supports(like: Tensor, dim: int, inner: int) -> bool:
-        """bfloat16 and float16 on tensor cores that know both, with tiles that fit the registers."""
-        return (like.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(like.device) >= (8, 0)
-                and like.dtype in (torch.bfloat16, torch.float16) and max(dim, inner) <= 128)
+    def supports(device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> bool:
+        """bfloat16 and float16 on a GPU whose tensor cores know both, with tiles that fit the registers."""
+        return (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+                and dtype in (torch.bfloat16, torch.float16) and max(dim, inner) <= 128)
 
     @staticmethod
     def operands(like: Tensor) -> torch.dtype:
         return like.dtype
 
     def __init__(self, like: Tensor, positions: int, inner: int, scale: float, formulation: str = 'proposed'):
-        self.dtype, self.inner, self.scale, self.formulation = like.dtype, inner, scale, formulation
+        self.dtype, self.inner, self.scale, self.proposed = like.dtype, inner, scale, formulation == 'proposed'
 
     def forward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, row_stats: Tensor, t: Tensor) -> None:
         """As `ProductBackend.forward`."""
@@ -49,8 +50,10 @@ class TritonBackend:
         count = g.shape[2] // self.inner
         with torch.cuda.device_of(q):
             for n in range(count):
-                self._launch(apply, q, k, g, h, t, row_stats, n, *(z.stride(-2) for z in (q, g, h, t)),
-                             FIRST=n == 0, LAST=n == count - 1, DIFFERENCE=self.formulation == 'proposed')
+                self._launch(
+                    apply, q_ptr=q, k_ptr=k, g_ptr=g, h_ptr=h, t_ptr=t, row_stats_ptr=row_stats, n=n,
+                    ld_q=q.stride(1), ld_g=g.stride(1), ld_h=h.stride(1), ld_t=t.stride(0),
+                    FIRST=n == 0, LAST=n == count - 1, PROPOSED=self.proposed)
 
     def backward(self, q: Tensor, k: Tensor, g: Tensor, h: Tensor, row_stats: Tensor, t: Tensor,
                  dh: Tensor, dq: Tensor, dk: Tensor, dg: Tensor) -> None:
@@ -64,28 +67,30 @@ class TritonBackend:
         delta = torch.empty(row_stats.shape[:2], dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
             for n in reversed(range(count)):
-                self._launch(apply_transposed, q, k, g, h, t, row_stats, dg, dh, delta, n, count,
-                             *(z.stride(-2) for z in (q, g, h, t, dg, dh)), FIRST=n == 0, LAST=n == count - 1,
-                             DIFFERENCE=self.formulation == 'proposed')
-            closing = {'K': count, 'HOLD': count * self.inner <= 192}
-            leading = [z.stride(1) for z in (q, g, dh)]
+                self._launch(
+                    apply_transposed, q_ptr=q, k_ptr=k, g_ptr=g, h_ptr=h, t_ptr=t, row_stats_ptr=row_stats, dg_ptr=dg,
+                    dh_ptr=dh, delta_ptr=delta, n=n, k=count, ld_q=q.stride(1), ld_g=g.stride(1), ld_h=h.stride(1),
+                    ld_t=t.stride(0), ld_dg=dg.stride(1), ld_dh=dh.stride(1),
+                    FIRST=n == 0, LAST=n == count - 1, PROPOSED=self.proposed)
+            closing = dict(q_ptr=q, k_ptr=k, g_ptr=g, dh_ptr=dh, row_stats_ptr=row_stats, delta_ptr=delta,
+                           scale=self.scale, ld_q=q.stride(1), ld_g=g.stride(1), ld_dh=dh.stride(1),
+                           K=count, HOLD=count * self.inner <= 192)
             if torch.are_deterministic_algorithms_enabled():
-                self._launch(close_keys, q, k, g, dh, row_stats, delta, dq, dk, self.scale, *leading, dk.stride(1),
-                             ATOMIC=False, **closing)
-                self._launch(close_queries, q, k, g, dh, row_stats, delta, dq, self.scale, *leading, dq.stride(1),
-                             **closing)
+                self._launch(close_keys, dq_ptr=dq, dk_ptr=dk, ld_dk=dk.stride(1), ATOMIC=False, **closing)
+                self._launch(close_queries, dq_ptr=dq, ld_dq=dq.stride(1), **closing)
             else:
                 total = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-                self._launch(close_keys, q, k, g, dh, row_stats, delta, total, dk, self.scale, *leading, dk.stride(1),
-                             ATOMIC=True, **closing)
+                self._launch(close_keys, dq_ptr=total, dk_ptr=dk, ld_dk=dk.stride(1), ATOMIC=True, **closing)
                 torch.mul(total, self.scale, out=dq)
 
-    def _launch(self, kernel, q: Tensor, *arguments, **constants) -> None:
+    def _launch(self, kernel: triton.JITFunction, **arguments: Any) -> None:
+        q = arguments['q_ptr']
         images, positions, dim = q.shape
         widths = dim, self.inner
         blocks = tuple(max(16, triton.next_power_of_2(width)) for width in widths)
         tiles = TILES[kernel][64 if max(widths) <= 64 else 128]
-        case = kernel, q.device, q.dtype, widths, tuple(constants.items())
+        constants = tuple((name, value) for name, value in arguments.items() if name.isupper())
+        case = kernel, q.device, q.dtype, widths, constants
         for index in range(_fitting.get(case, 0), len(tiles)):
             own, step, warps, stages = tiles[index]
             if images * triton.cdiv(positions, own) < 256:  # too few programs for a large GPU
@@ -93,8 +98,8 @@ class TritonBackend:
             own, step = (min(size, max(16, triton.next_power_of_2(positions))) for size in (own, step))
             try:
                 kernel[triton.cdiv(positions, own), images](
-                    q, *arguments, positions, self.scale * LOG2_E, D=dim, C=self.inner,
-                    BLOCK_D=blocks[0], BLOCK_C=blocks[1], OWN=own, STEP=step, **constants,
+                    **arguments, positions=positions, exponent=self.scale * LOG2_E, D=dim, C=self.inner,
+                    BLOCK_D=blocks[0], BLOCK_C=blocks[1], OWN=own, STEP=step,
                     EVEN=positions % own == positions % step == 0 and blocks == widths,
                     num_warps=warps, num_stages=stages)
                 _fitting[case] = index

@@ -1,10 +1,10 @@
-"""Triton kernels of a nonlocal stage: A is never in memory.
+"""Triton kernels of the nonlocal stage: A is never in memory.
 
 As in FlashAttention (Dao et al., 2022; Dao, 2023), a tile of A is made from Q, K and two numbers a row whenever it is
 needed: pᵢⱼ = 2^(s log₂e qᵢ·kⱼ - row_maxᵢ) and Aᵢⱼ = pᵢⱼ / row_sumᵢ. Here row_maxᵢ is the row's largest exponent,
 rounded up to a whole number: since rescaling by a power of two commutes with rounding, row_sumᵢ is the sum of just
 those rounded pᵢⱼ that every A G uses, and the rows of A sum to one in float32. The way back takes A at once, from
-lse = row_max + log₂ row_sum (the log-sum-exp to the base 2).
+lse = row_max + log₂ row_sum.
 
 Each kernel ends with what the next one starts from (G of the next sub-block, dH of the one before), which depends on
 no rows but its own. k sub-blocks take k kernels forward and k + 1 backward.
@@ -13,8 +13,13 @@ Shapes: b images, M positions, D embedding channels, k sub-blocks of C channels 
 of elements from one row to the next; images follow each other without a gap.
 """
 
+# The types are Triton's, which compiles this.
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
+
+__all__ = ['apply', 'apply_transposed', 'close_keys', 'close_queries']
 
 
 @triton.jit
@@ -44,14 +49,14 @@ def _affinity(s, lse):
 
 @triton.jit(do_not_specialize=['n'])
 def apply(
-        q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, stats_ptr, n, ld_q, ld_g, ld_h, ld_t, positions, exponent,
+        q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, row_stats_ptr, n, ld_q, ld_g, ld_h, ld_t, positions, exponent,
         D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr,
-        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, DIFFERENCE: tl.constexpr,
+        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PROPOSED: tl.constexpr,
 ):
     """Hⁿ = A Gⁿ - Gⁿ in some rows of an image, then Gⁿ⁺¹ = G⁰ⁿ⁺¹ + Σ_{m≤n} Hᵐ Tᵀ there.
 
-    FIRST also finds row_max, row_sum and lse. What rounding takes off H goes to the second half of its rows. Without
-    DIFFERENCE, Hⁿ = A Gⁿ.
+    FIRST also finds row_max, row_sum and lse. What rounding takes off H goes to the second half of its rows. Unless
+    PROPOSED, Hⁿ = A Gⁿ.
     """
     image = tl.program_id(1).to(tl.int64) * positions
     q_ptr += image * ld_q
@@ -59,7 +64,7 @@ def apply(
     g_ptr += image * ld_g
     h_ptr += image * ld_h
     rows = tl.program_id(0) * OWN + tl.arange(0, OWN)
-    row_max_ptr = stats_ptr + image * 3 + rows
+    row_max_ptr = row_stats_ptr + image * 3 + rows
     row_sum_ptr = row_max_ptr + positions
     d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     q = _load(q_ptr, rows, ld_q, positions, d, D, EVEN)
@@ -92,7 +97,7 @@ def apply(
         tl.store(row_sum_ptr, row_sum, rows < positions)
         tl.store(row_sum_ptr + positions, row_max + tl.log2(row_sum), rows < positions)
     exact = total / row_sum[:, None]
-    if DIFFERENCE:
+    if PROPOSED:
         exact -= _load(g_ptr + n * C, rows, ld_g, positions, c, C, EVEN)
     h = exact.to(q.dtype)
     _store(h_ptr + n * C, h, rows, ld_h, positions, c, C, EVEN)
@@ -111,15 +116,15 @@ def apply(
 
 @triton.jit(do_not_specialize=['n', 'k'])
 def apply_transposed(
-        q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, lse_ptr, dg_ptr, dh_ptr, delta_ptr, n, k,
+        q_ptr, k_ptr, g_ptr, h_ptr, t_ptr, row_stats_ptr, dg_ptr, dh_ptr, delta_ptr, n, k,
         ld_q, ld_g, ld_h, ld_t, ld_dg, ld_dh, positions, exponent,
         D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr,
-        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, DIFFERENCE: tl.constexpr,
+        OWN: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PROPOSED: tl.constexpr,
 ):
     """dGⁿ = Aᵀ dHⁿ - dHⁿ in some columns of an image's A, then dHⁿ⁻¹ += Σ_{m≥n} dGᵐ T there.
 
     FIRST is n = 0 and LAST n = k - 1, where the way back starts. δ = Σₙ rowsum(dHⁿ (Hⁿ + Gⁿ)) = rowsum(A dA), since
-    Hⁿ + Gⁿ = A Gⁿ; H is taken before its rounding, which would not cancel in dA - δ. Without DIFFERENCE, Hⁿ = A Gⁿ.
+    Hⁿ + Gⁿ = A Gⁿ; H is taken before its rounding, which would not cancel in dA - δ. Unless PROPOSED, Hⁿ = A Gⁿ.
     """
     image = tl.program_id(1).to(tl.int64) * positions
     q_ptr += image * ld_q
@@ -128,7 +133,7 @@ def apply_transposed(
     h_ptr += image * ld_h
     dg_ptr += image * ld_dg
     dh_ptr += image * ld_dh
-    lse_ptr += image * 3 + 2 * positions
+    lse_ptr = row_stats_ptr + image * 3 + 2 * positions
     delta_ptr += image
     columns = tl.program_id(0) * OWN + tl.arange(0, OWN)
     d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
@@ -144,7 +149,7 @@ def apply_transposed(
     dh = _load(dh_ptr + n * C, columns, ld_dh, positions, c, C, EVEN)
     applied = _load(h_ptr + n * C, columns, ld_h, positions, c, C, EVEN).to(tl.float32)
     applied += _load(h_ptr + ld_h // 2 + n * C, columns, ld_h, positions, c, C, EVEN)
-    if DIFFERENCE:
+    if PROPOSED:
         applied += _load(g_ptr + n * C, columns, ld_g, positions, c, C, EVEN)
         total -= dh
     dg = total.to(keys.dtype)
@@ -166,7 +171,7 @@ def apply_transposed(
 
 @triton.jit
 def close_keys(
-        q_ptr, k_ptr, g_ptr, dh_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, scale,
+        q_ptr, k_ptr, g_ptr, dh_ptr, row_stats_ptr, delta_ptr, dq_ptr, dk_ptr, scale,
         ld_q, ld_g, ld_dh, ld_dk, positions, exponent,
         K: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
         EVEN: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, HOLD: tl.constexpr, ATOMIC: tl.constexpr,
@@ -180,7 +185,7 @@ def close_keys(
     k_ptr += image * ld_q
     g_ptr += image * ld_g
     dh_ptr += image * ld_dh
-    lse_ptr += image * 3 + 2 * positions
+    lse_ptr = row_stats_ptr + image * 3 + 2 * positions
     delta_ptr += image
     columns = tl.program_id(0) * OWN + tl.arange(0, OWN)
     d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
@@ -216,7 +221,7 @@ def close_keys(
 
 @triton.jit
 def close_queries(
-        q_ptr, k_ptr, g_ptr, dh_ptr, lse_ptr, delta_ptr, dq_ptr, scale,
+        q_ptr, k_ptr, g_ptr, dh_ptr, row_stats_ptr, delta_ptr, dq_ptr, scale,
         ld_q, ld_g, ld_dh, ld_dq, positions, exponent,
         K: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
         EVEN: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr, HOLD: tl.constexpr,
@@ -227,7 +232,7 @@ def close_queries(
     k_ptr += image * ld_q
     g_ptr += image * ld_g
     dh_ptr += image * ld_dh
-    lse_ptr += image * 3 + 2 * positions
+    lse_ptr = row_stats_ptr + image * 3 + 2 * positions
     rows = tl.program_id(0) * OWN + tl.arange(0, OWN)
     d, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     q = _load(q_ptr, rows, ld_q, positions, d, D, EVEN)
