@@ -5,10 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hub.generated import block, markers, replace_block
 from timm_nonlocal.files import write_text
 from train.records.runs import ROOT
-
-__all__ = ['REPORT', 'kept', 'put', 'render', 'write_part']
 
 REPORT = ROOT / 'BENCHMARKS.md'
 
@@ -23,7 +22,8 @@ def put(text: str, name: str, part: str) -> str:
 
 def write_part(name: str, part: str) -> None:
     """Puts a part into BENCHMARKS.md."""
-    write_text(REPORT, put(REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n', name, part))
+    text = put(REPORT.read_text() if REPORT.is_file() else '# Benchmarks\n', name, part)
+    write_text(REPORT, text)
 
 
 def kept(name: str) -> Path:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from ..ops import nonlocal_stage
+from ..ops.stage import nonlocal_stage
 from .affinity import affinity_class
 from .stable import make_stable
 
@@ -73,6 +73,9 @@ def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float, dim: int, inner: int)
 
 class SubBlock(nn.Module):
     """The weight W = W_Z W_g of one block or sub-block: `g` is W_g, (C', C), and `z` is W_Z, (C, C')."""
+
+    g: nn.Linear
+    z: nn.Linear
 
     def __init__(self, dim: int, inner_dim: int, init: str = 'xavier_normal', device=None, dtype=None):
         super().__init__()

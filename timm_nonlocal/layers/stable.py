@@ -45,19 +45,15 @@ class Damping(nn.Module):
         return self.outside[0].weight @ z
 
 
-class WithoutAutocast(nn.Module):
+class WithoutAutocast(nn.Sequential):
     """Another parametrisation in the dtype of its parameters: rounded to eight bits U would not be orthonormal."""
-
-    def __init__(self, parametrization: nn.Module):
-        super().__init__()
-        self.parametrization = parametrization
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self.parametrization(x)
+            return self[0](x)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return self.parametrization.right_inverse(weight)
+        return self[0].right_inverse(weight)
 
 
 @torch.no_grad()
@@ -68,6 +64,13 @@ def make_stable(g: nn.Linear, z: nn.Linear) -> None:
     """
     t = torch.randn(z.in_features, z.in_features, device=z.weight.device, dtype=z.weight.dtype) * z.weight.std()
     orthogonal(g, 'weight', orthogonal_map='cayley')
-    g.parametrizations.weight[0] = WithoutAutocast(g.parametrizations.weight[0])
+    _maps(g)[0] = WithoutAutocast(_maps(g)[0])
     register_parametrization(z, 'weight', Damping(g))
-    z.parametrizations.weight.original.copy_(t)
+    _maps(z).get_parameter('original').copy_(t)
+
+
+def _maps(layer: nn.Linear) -> nn.ModuleList:
+    """The parametrisations of a layer's weight."""
+    maps = layer.get_submodule('parametrizations.weight')
+    assert isinstance(maps, nn.ModuleList)
+    return maps

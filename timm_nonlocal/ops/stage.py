@@ -63,7 +63,6 @@ def nonlocal_stage(
         w_g: list[Tensor],
         w_z: list[Tensor],
         scale: float,
-        *,
         recompute: bool = False,
         formulation: str = 'proposed',
         backend: str | None = None,
@@ -87,7 +86,6 @@ def nonlocal_stage(
         Zᵏ, (B, M, C), in x's dtype.
 
     Raises:
-        ValueError: an unknown formulation or backend, or a backend that cannot run here.
         TypeError: x and the weights differ in dtype outside autocast.
         ValueError: an unknown formulation, or a backend that is unknown or does not take the case.
         RuntimeError: it is differentiated twice.
