@@ -45,7 +45,7 @@ class ByProducts(NonlocalStage):
 
     def _fused(self, x: Tensor) -> Tensor:
         w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
-        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, self.affinity.scale, backend='products')
+        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, scale=self.affinity.scale, backend='products')
 
 
 class Formula(NonlocalStage):

@@ -1,4 +1,4 @@
-"""A nonlocal part in any network: found by name, the identity at first, gone without a trace."""
+"""A nonlocal module in any network: found by name, the identity at first, gone without a trace."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def tensors(out):
 
 
 def wake(model):
-    """Gives every part a W_Z that is not zero."""
+    """Gives every nonlocal module a W_Z that is not zero."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if '.nl.' in name and name.endswith('z.weight'):
@@ -38,7 +38,7 @@ def wake(model):
     return model
 
 
-PLACES = [  # maker, name, after, where the part's keys are, C, image size
+PLACES = [  # maker, name, after, where the keys of the nonlocal module are, C, image size
     (timm.create_model, 'resnet50', 'layer1.1', 'layer1.1', 256, 64),
     (timm.create_model, 'convnext_tiny', 'stages.1', 'stages.1', 192, 64),
     (timm.create_model, 'efficientnet_b0', 'blocks.2', 'blocks.2.1', 40, 64),  # a Sequential: its last module
@@ -67,9 +67,9 @@ def test_any_network(make, name, after, place, dim, size):
     with torch.no_grad():
         before = tensors(model(x))
         assert insert(model, after, 'proposed', 5) is model
-        part = model.get_submodule(f'{place}.nl')
-        assert isinstance(part, NonlocalStage) and len(part.sub_blocks) == 5 and not part.training
-        assert part.theta.weight.shape == (dim // 2, dim)
+        module = model.get_submodule(f'{place}.nl')
+        assert isinstance(module, NonlocalStage) and len(module.sub_blocks) == 5 and not module.training
+        assert module.theta.weight.shape == (dim // 2, dim)
         assert [key for key in model.state_dict() if f'{place}.nl.' not in key] == keys
         for actual, expected in zip(tensors(model(x)), before, strict=True):
             assert torch.equal(actual, expected)
@@ -91,7 +91,7 @@ def test_the_part_acts_on_the_modules_output():
         wake(insert(model, 'blocks.3', k=3, example=torch.zeros(1, 3, 64, 64)))
         expected = block.nl(plain.transpose(1, 2)).transpose(1, 2)
         torch.testing.assert_close(block(x), expected)
-        assert torch.equal(seen['after'], block(x))  # whoever listened before hears the part too
+        assert torch.equal(seen['after'], block(x))  # whoever listened before hears the nonlocal module too
 
 
 def test_several_places_and_one_taken_out():
@@ -112,9 +112,9 @@ def test_several_places_and_one_taken_out():
 def test_arguments_reach_the_part():
     model = insert(timm.create_model('test_resnet'), 'layer1.0', k=2, affinity='uniform', init='xavier_normal',
                    inner_dim=16)
-    part = model.layer1[0].nl
-    assert type(part.affinity).__name__ == 'Uniform' and part.sub_blocks[1].z.weight.shape == (32, 16)
-    assert part.sub_blocks[1].z.weight.any() and part.training
+    module = model.layer1[0].nl
+    assert type(module.affinity).__name__ == 'Uniform' and module.sub_blocks[1].z.weight.shape == (32, 16)
+    assert module.sub_blocks[1].z.weight.any() and module.training
 
 
 @pytest.mark.parametrize(('in_chans', 'where'), [(3, torch.bfloat16), (3, 'meta'), (1, 'cpu')])
@@ -150,20 +150,20 @@ def test_copies_stand_alone():
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
 def test_fine_tuning(name):
-    """The part learns, also under gradient checkpointing, in the group of the module that it follows."""
+    """The nonlocal module learns, also under gradient checkpointing, in the group of the module that it follows."""
     after = 'layer3.0' if name == 'test_resnet' else 'blocks.5'
     model = insert(timm.create_model(name, num_classes=5), after, k=2).train()
     model.set_grad_checkpointing()
     model(torch.randn(2, 3, 160, 160)).square().sum().backward()
-    part = model.get_submodule(f'{after}.nl')
+    module = model.get_submodule(f'{after}.nl')
     assert all(p.grad is not None for p in model.parameters())
-    assert part.sub_blocks[0].z.weight.grad.any()
+    assert module.sub_blocks[0].z.weight.grad.any()
     groups = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
     assert len({layer for name, layer in groups.items() if name.startswith(f'{after}.')}) == 1
 
 
 def test_a_feature_pyramid():
-    """Several levels, in the body and in the pyramid; and a head that runs on every level shares one part."""
+    """Several levels, in the body and in the pyramid; and a head that runs on every level shares one module."""
     x = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
         model = resnet_fpn_backbone(backbone_name='resnet18', weights=None).eval()
@@ -253,12 +253,12 @@ def test_a_model_without_a_convolution_needs_an_example():
 
 def test_inserting_and_removing_twice():
     model = insert(timm.create_model('test_resnet'), 'layer1.0')
-    with pytest.raises(ValueError, match=r"there is a part already; take it out with remove\(model, 'layer1.0'\)"):
+    with pytest.raises(ValueError, match=r"is a nonlocal module already; take it out with remove\(model, 'layer1.0'\)"):
         insert(model, 'layer1.0')
-    with pytest.raises(ValueError, match=r"after='layer2.0': nothing was inserted there; parts follow layer1.0"):
+    with pytest.raises(ValueError, match="layer2.0': nothing was inserted there; nonlocal modules follow layer1.0"):
         remove(model, 'layer2.0')
     remove(model)
-    with pytest.raises(ValueError, match='nothing was inserted there; parts follow no module'):
+    with pytest.raises(ValueError, match='nothing was inserted there; nonlocal modules follow no module'):
         remove(model)
 
 
@@ -271,7 +271,7 @@ def test_a_registered_networks_own_part_is_not_taken_out():
 
 
 def test_resnet50_on_timms_own_weights(tmp_path):
-    """The registered network is timm's, predictions and all, until the part is trained."""
+    """The registered network is timm's, predictions and all, until the nonlocal module is trained."""
     name = 'resnet50_nl_proposed_k5'
     assert timm.list_pretrained(f'{name}*') == [f'{name}.a1_in1k']
     cfg, own = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg('resnet50.a1_in1k')
@@ -283,7 +283,7 @@ def test_resnet50_on_timms_own_weights(tmp_path):
     with torch.no_grad():
         assert torch.equal(model(x), base(x))
     assert model.layer3[4].nl.theta.weight.shape == (512, 1024) and model.pretrained_cfg['architecture'] == name
-    torch.save(wake(model).state_dict(), file)  # trained weights have a part of their own
+    torch.save(wake(model).state_dict(), file)  # trained weights have W_Z of their own
     again = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay={'file': str(file)}, num_classes=7, in_chans=1).eval()
     with torch.no_grad():

@@ -20,7 +20,7 @@ ALL = pytest.mark.parametrize('name', [
 
 @cache
 def example(name):
-    """A network whose parts are not the identity, two images, and what it makes of them."""
+    """A network whose nonlocal modules are not the identity, two images, and what it makes of them."""
     size = timm.get_pretrained_cfg(name).input_size
     model, x = calibrated(name, (2, *size)), torch.randn(2, *size)
     with torch.no_grad():

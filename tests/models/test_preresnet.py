@@ -129,7 +129,7 @@ def test_arguments_reach_the_blocks():
     (dict(nl='proposed', nl_k=0), 'k=0: it must be a whole number of at least 1'),
     (dict(nl='proposed', nl_stages=[4]), r'nl_stages=\[4\]'),
     (dict(depth=11, nl='proposed'), 'depth=11 has 1 a stage'),
-    (dict(nl_args={'affinity': 'uniform'}), "are of a nonlocal part: use nl='original' or 'proposed' too"),
+    (dict(nl_args={'affinity': 'uniform'}), "are of a nonlocal module: use nl='original' or 'proposed' too"),
 ])
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):

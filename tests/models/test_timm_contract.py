@@ -45,7 +45,7 @@ def test_grad_checkpointing_changes_no_gradient_and_keeps_less(name, features_on
 
 
 def test_layer_decay_groups():
-    """Every parameter has one scale, the stem the smallest, a nonlocal part that of its unit, the head 1."""
+    """Every parameter has one scale, the stem the smallest, a nonlocal module that of its unit, the head 1."""
     model = timm.create_model('preresnet20_nl_proposed_k1x3')
     groups = timm.optim.param_groups_layer_decay(model, weight_decay=1e-4, layer_decay=0.5)
     scales = {id(p): group['lr_scale'] for group in groups for p in group['params']}

@@ -14,8 +14,11 @@ from typing import Final, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from .memory import with_room
+
+__all__ = ['AFFINITIES', 'Affinity', 'affinity_class']
 
 torch.fx.wrap('with_room')  # symbolic tracing records the call: the sizes are known when it runs
 
@@ -45,8 +48,8 @@ class Affinity(nn.Module):
             symmetric: bool = False,
             scale: Optional[float] = None,
             normalize: Optional[str] = None,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         if normalize not in (None, self.normalize):
@@ -83,7 +86,7 @@ class Gaussian(Affinity):
     """ω(xᵢ, xⱼ) = exp(s xᵢ·xⱼ) over its row sum: a softmax over the keys. s defaults to 1/√D."""
 
     embedded = False
-    softmax: Final[bool] = True
+    softmax: Final[bool] = True  # type: ignore[misc]  # Final tells TorchScript that it is a constant
     semidefinite = True
     reason = 'exp grows without bound, and only its row sum keeps it finite'
 
@@ -178,10 +181,10 @@ class PositiveDotProduct(ProductOfFeatures):
             symmetric: bool = False,
             scale: Optional[float] = None,
             normalize: Optional[str] = None,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
-        super().__init__(dim, symmetric, scale, normalize)
+        super().__init__(dim, symmetric, scale=scale, normalize=normalize)
         if self.scale < 0:
             raise ValueError(f'scale={scale} makes the kernel negative: use a scale of at least 0')
 
@@ -207,10 +210,10 @@ class Concatenation(PerPosition):
             symmetric: bool = False,
             scale: Optional[float] = None,
             normalize: Optional[str] = None,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
-        super().__init__(dim, symmetric, scale, normalize)
+        super().__init__(dim, symmetric, scale=scale, normalize=normalize)
         self.weight = nn.Parameter(torch.empty(1 if symmetric else 2, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -235,7 +238,19 @@ AFFINITIES = {
 
 
 def affinity_class(name: str) -> type[Affinity]:
-    """The class of an affinity by its name. Raises ValueError, naming the known ones."""
+    """The class of an affinity by its name.
+
+    Raises:
+        ValueError: an unknown name; the message has the known ones.
+
+    Example:
+        >>> affinity_class('positive_dot_product')
+        <class 'timm_nonlocal.layers.affinity.PositiveDotProduct'>
+        >>> q = torch.randn(1, 5, 8)
+        >>> a = affinity_class('gaussian')(dim=8)(q, q)  # (B, M, M)
+        >>> torch.allclose(a.sum(dim=2), torch.ones(1, 5))
+        True
+    """
     if name not in AFFINITIES:
         raise ValueError(f'affinity={name!r} is unknown: use one of {", ".join(AFFINITIES)}')
     return AFFINITIES[name]

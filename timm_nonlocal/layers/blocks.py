@@ -7,16 +7,20 @@ from the spectrum of W = W_Z W_g alone.
 Shapes: X is (B, C, *grid) outside and (B, M, C) inside, with M positions; C' is `inner_dim`, C/2 by default.
 """
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..ops.stage import nonlocal_stage
 from .affinity import affinity_class
 from .stable import make_stable
+
+__all__ = ['INITS', 'KINDS', 'NonlocalBlock', 'NonlocalBlocks', 'NonlocalStage', 'SubBlock']
 
 INITS = ('xavier_normal', 'kaiming_normal', 'torch', 'normal', 'zero')
 
@@ -33,7 +37,7 @@ def _half(dim: int) -> int:
     return dim // 2
 
 
-def _linear(dim: int, out_dim: int, init: str, dd: dict) -> nn.Linear:
+def _linear(dim: int, out_dim: int, init: str, dd: dict[str, Any]) -> nn.Linear:
     """A bias-free map whose weight is drawn by one of INITS ('zero' is for W_Z alone)."""
     linear = nn.Linear(dim, out_dim, bias=False, **dd)  # torch's own draw
     if init == 'xavier_normal':
@@ -74,12 +78,10 @@ def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float, dim: int, inner: int)
 class SubBlock(nn.Module):
     """The weight W = W_Z W_g of one block or sub-block: `g` is W_g, (C', C), and `z` is W_Z, (C, C')."""
 
-    g: nn.Linear
-    z: nn.Linear
-
-    def __init__(self, dim: int, inner_dim: int, init: str = 'xavier_normal', device=None, dtype=None):
+    def __init__(self, dim: int, inner_dim: int, init: str = 'xavier_normal', device: Device = None,
+                 dtype: Optional[torch.dtype] = None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         self.g = _linear(dim, inner_dim, 'xavier_normal' if init == 'zero' else init, dd)
         self.z = _linear(inner_dim, dim, init, dd)
 
@@ -89,16 +91,17 @@ class SubBlock(nn.Module):
 
 
 class _Nonlocal(nn.Module):
-    """The part that block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
+    """What block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
 
-    def __init__(self, dim: int, inner_dim: int, affinity: str, symmetric: bool, scale, normalize, init: str, dd: dict):
+    def __init__(self, dim: int, inner_dim: int, *, affinity: str, symmetric: bool, scale: Optional[float],
+                 normalize: Optional[str], init: str, dd: dict[str, Any]):
         super().__init__()
         kernel = affinity_class(affinity)
         draw = 'xavier_normal' if init == 'zero' else init
         self.theta = _linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
         self.phi = _linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
         self.embed_dim = inner_dim if kernel.embedded else dim
-        self.affinity = kernel(self.embed_dim, symmetric, scale, normalize, **dd)
+        self.affinity = kernel(self.embed_dim, symmetric, scale=scale, normalize=normalize, **dd)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, (B, M, D) both, from X (B, M, C)."""
@@ -131,6 +134,13 @@ class NonlocalBlock(_Nonlocal):
 
     Raises:
         ValueError: an odd dim without inner_dim, an unknown name, or a normaliser that the kernel does not have.
+
+    Example:
+        >>> x = torch.randn(2, 64, 8, 8)
+        >>> NonlocalBlock(64, affinity='dot_product')(x).shape
+        torch.Size([2, 64, 8, 8])
+        >>> torch.equal(NonlocalBlock(64, init='zero')(x), x)
+        True
     """
 
     def __init__(
@@ -143,12 +153,13 @@ class NonlocalBlock(_Nonlocal):
             normalize: Optional[str] = None,
             init: str = 'xavier_normal',
             merged: bool = True,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, inner_dim, affinity, symmetric, scale, normalize, init, dd)
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        super().__init__(dim, inner_dim, affinity=affinity, symmetric=symmetric, scale=scale, normalize=normalize,
+                         init=init, dd=dd)
         weight = SubBlock(dim, inner_dim, init, **dd)
         self.g, self.z = weight.g, weight.z
         self.merged = merged
@@ -159,7 +170,7 @@ class NonlocalBlock(_Nonlocal):
         if not torch.jit.is_scripting():
             if self.merged and self.affinity.softmax and not _only_plain_tensor_code(x):
                 return _grid(nonlocal_stage(tokens, self.embedding_weights(), [self.g.weight], [self.z.weight],
-                                            self.affinity.scale, formulation='original'), x)
+                                            scale=self.affinity.scale, formulation='original'), x)
         q, k = self.embed(tokens)
         g = self.g(tokens)  # (B, M, C')
         if not self.merged:
@@ -179,9 +190,16 @@ class NonlocalBlocks(nn.Module):
         dim: C, the number of channels.
         k: the number of blocks, at least 1.
         kwargs: the arguments of `NonlocalBlock`.
+
+    Raises:
+        ValueError: as `NonlocalBlock`, or k < 1.
+
+    Example:
+        >>> NonlocalBlocks(64, k=2, inner_dim=16)(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
     """
 
-    def __init__(self, dim: int, k: int = 1, **kwargs):
+    def __init__(self, dim: int, k: int = 1, **kwargs: Any):
         super().__init__()
         self.sub_blocks = nn.Sequential(*(NonlocalBlock(dim, **kwargs) for _ in range(_positive('k', k))))
 
@@ -207,7 +225,18 @@ class NonlocalStage(_Nonlocal):
 
     Raises:
         ValueError: as `NonlocalBlock`, k < 1, or stable=True with a kernel for which it guarantees nothing.
+
+    Example:
+        >>> stage = NonlocalStage(64, k=5)
+        >>> stage(torch.randn(2, 64, 8, 8)).shape
+        torch.Size([2, 64, 8, 8])
+        >>> constant = torch.ones(2, 64, 8, 8)  # is a fixed point: nothing differs from its neighbours
+        >>> torch.allclose(stage(constant), constant, atol=1e-4)
+        True
     """
+
+    if TYPE_CHECKING:  # TorchScript must not see it
+        sub_blocks: Sequence[SubBlock]
 
     def __init__(
             self,
@@ -222,13 +251,15 @@ class NonlocalStage(_Nonlocal):
             merged: bool = True,
             recompute: bool = False,
             stable: bool = False,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, inner_dim, affinity, symmetric, scale, normalize, init, dd)
-        self.sub_blocks = nn.ModuleList(SubBlock(dim, inner_dim, init, **dd) for _ in range(_positive('k', k)))
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        super().__init__(dim, inner_dim, affinity=affinity, symmetric=symmetric, scale=scale, normalize=normalize,
+                         init=init, dd=dd)
+        self.sub_blocks = nn.ModuleList(  # type: ignore[assignment]
+            SubBlock(dim, inner_dim, init, **dd) for _ in range(_positive('k', k)))
         self.merged, self.recompute = merged, recompute
         if stable:
             self._refuse_unstable(affinity, symmetric)
@@ -284,7 +315,8 @@ class NonlocalStage(_Nonlocal):
     def _fused(self, x: Tensor) -> Tensor:
         """Zᵏ as `_merged` has it, by one operator that keeps no A for the backward pass."""
         w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
-        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, self.affinity.scale, recompute=self.recompute)
+        return nonlocal_stage(
+            x, self.embedding_weights(), w_g, w_z, scale=self.affinity.scale, recompute=self.recompute)
 
 
 KINDS = {'original': NonlocalBlocks, 'proposed': NonlocalStage}  # both take (dim, k, …)

@@ -4,6 +4,8 @@ import psutil
 import torch
 from torch import Tensor
 
+__all__ = ['with_room']
+
 ASKED_FROM = 1 << 30  # bytes: a smaller matrix is made without asking
 
 

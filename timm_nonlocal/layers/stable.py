@@ -53,7 +53,7 @@ class WithoutAutocast(nn.Sequential):
             return self[0](x)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return self[0].right_inverse(weight)
+        return self.get_submodule('0').right_inverse(weight)  # type: ignore[operator]
 
 
 @torch.no_grad()

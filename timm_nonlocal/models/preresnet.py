@@ -1,24 +1,25 @@
-"""CIFAR PreResNets of depth 9n+2 with nonlocal parts, and the names they are registered under.
+"""CIFAR PreResNets of depth 9n+2 with nonlocal modules, and the names they are registered under.
 
 Backbone: the bottleneck pre-activation ResNet of He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks"
-(ECCV 2016), as its authors' CIFAR code builds it. Nonlocal parts: Tao, Sun, Du, Liu, "Nonlocal Neural Networks,
+(ECCV 2016), as its authors' CIFAR code builds it. Nonlocal modules: Tao, Sun, Du, Liu, "Nonlocal Neural Networks,
 Nonlocal Diffusion and Nonlocal Modeling" (NeurIPS 2018), right after the second unit of a stage.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, Optional, Union
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..layers.blocks import KINDS
 from . import pretrained as tags
 
-__all__ = ['PreResNet']
+__all__ = ['ARCHITECTURES', 'SMALLEST', 'PreResNet']
 
 SMALLEST = 4  # pixels a side
 
@@ -46,9 +47,10 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_chs: int, width: int, stride: int = 1, device=None, dtype=None):
+    def __init__(self, in_chs: int, width: int, stride: int = 1, device: Device = None,
+                 dtype: Optional[torch.dtype] = None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         out_chs = width * self.expansion
         self.bn1 = nn.BatchNorm2d(in_chs, **dd)
         self.conv1 = nn.Conv2d(in_chs, width, 1, stride, bias=False, **dd)
@@ -75,7 +77,7 @@ class PreResNet(nn.Module):
         depth: 9n+2, n units a stage.
         nl: 'original' (eq. (1)), 'proposed' (eq. (8)) or None for the plain backbone.
         nl_k: the number of blocks or sub-blocks at each place.
-        nl_stages: the stages, counted from 1, whose second unit is followed by a nonlocal part.
+        nl_stages: the stages, counted from 1, whose second unit is followed by a nonlocal module.
         nl_args: further arguments of `NonlocalBlock` or `NonlocalStage`, such as {'affinity': 'uniform'}.
         num_classes: 0 leaves the classifier out.
         in_chans: channels of the image.
@@ -84,7 +86,19 @@ class PreResNet(nn.Module):
 
     Raises:
         ValueError: a depth that is not 9n+2 or has no second unit, or nonlocal arguments that do not fit.
+
+    Example:
+        >>> model = PreResNet(20, nl='proposed', nl_k=5, nl_args={'affinity': 'dot_product'})
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> len(model.layer1.nl.sub_blocks)
+        5
     """
+
+    if TYPE_CHECKING:  # TorchScript must not see them
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
 
     def __init__(
             self,
@@ -97,20 +111,21 @@ class PreResNet(nn.Module):
             in_chans: int = 3,
             global_pool: str = 'avg',
             drop_rate: float = 0.0,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         units = (depth - 2) // 9
         if units < 1 or depth != 9 * units + 2:
             raise ValueError(f'depth={depth} is not 9n+2: use 11, 20, 29, 56, …')
         if nl is not None and nl not in KINDS:
             raise ValueError(f'nl={nl!r} is unknown: use one of {", ".join(KINDS)}, or None')
         if nl is None and nl_args:
-            raise ValueError(f'nl_args={nl_args!r} are of a nonlocal part: use nl={" or ".join(map(repr, KINDS))} too')
+            raise ValueError(f'nl_args={nl_args!r} are of a nonlocal module: '
+                             f'use nl={" or ".join(map(repr, KINDS))} too')
         if nl is not None and (units < 2 or not nl_stages or not set(nl_stages) <= {1, 2, 3}):
-            raise ValueError(f'a nonlocal part follows the second unit of stages 1, 2 or 3: '
+            raise ValueError(f'a nonlocal module follows the second unit of stages 1, 2 or 3: '
                              f'depth={depth} has {units} a stage, nl_stages={list(nl_stages)}')
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -119,7 +134,7 @@ class PreResNet(nn.Module):
 
         chs = 16
         self.conv1 = nn.Conv2d(in_chans, chs, 3, padding=1, bias=False, **dd)
-        self.feature_info = [dict(num_chs=chs, reduction=1, module='conv1')]
+        self.feature_info: list[dict[str, Any]] = [dict(num_chs=chs, reduction=1, module='conv1')]
         for stage, width in enumerate((16, 32, 64), start=1):
             layer: OrderedDict[str, nn.Module] = OrderedDict()
             for unit in range(units):
@@ -129,8 +144,8 @@ class PreResNet(nn.Module):
                     layer['nl'] = KINDS[nl](chs, nl_k, **(nl_args or {}), **dd)
             self.add_module(f'layer{stage}', nn.Sequential(layer))
             self.feature_info.append(dict(num_chs=chs, reduction=2 ** (stage - 1), module=f'layer{stage}'))
-        self.norm = nn.BatchNorm2d(chs, **dd)
-        self.act = nn.ReLU()
+        self.norm: nn.Module = nn.BatchNorm2d(chs, **dd)
+        self.act: nn.Module = nn.ReLU()
 
         self.num_features = chs
         self._set_head(num_classes, global_pool, **dd)
@@ -138,20 +153,21 @@ class PreResNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """He fan-out for the convolutions; nonlocal parts and the classifier draw their own weights."""
+        """He fan-out for the convolutions; nonlocal modules and the classifier draw their own weights."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     @torch.jit.ignore
-    def _set_head(self, num_classes: int, pool: str, device=None, dtype=None) -> None:
+    def _set_head(self, num_classes: int, pool: str, device: Device = None,
+                  dtype: Optional[torch.dtype] = None) -> None:
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=pool, flatten=bool(pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.fc = nn.Identity()
+        self.fc: nn.Module = nn.Identity()
         if num_classes:
-            self.fc = nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)
-            nn.init.zeros_(self.fc.bias)
+            self.fc = linear = nn.Linear(self.head_hidden_size, num_classes, device=device, dtype=dtype)
+            nn.init.zeros_(linear.bias)
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
@@ -210,11 +226,10 @@ class PreResNet(nn.Module):
         levels = list(range(len(self.feature_info)))
         if indices is None:
             return levels
-        if isinstance(indices, int):
-            indices = range(-indices, 0)
-        if not indices or not all(-len(levels) <= index < len(levels) for index in indices):
-            raise ValueError(f'indices={indices!r}: there are {len(levels)} levels, {levels}')
-        return [levels[index] for index in indices]
+        wanted = range(-indices, 0) if isinstance(indices, int) else indices
+        if not wanted or not all(-len(levels) <= index < len(levels) for index in wanted):
+            raise ValueError(f'indices={wanted!r}: there are {len(levels)} levels, {levels}')
+        return [levels[index] for index in wanted]
 
     def forward_intermediates(
             self,
@@ -272,7 +287,7 @@ class PreResNet(nn.Module):
 
 def _architectures() -> dict[str, dict[str, Any]]:
     """Every registered name with the arguments of its PreResNet."""
-    nets = {}
+    nets: dict[str, dict[str, Any]] = {}
     for depth in (20, 56):
         name = f'preresnet{depth}'
         nets[name] = dict(depth=depth)
@@ -288,8 +303,8 @@ default_cfgs = tags.default_cfgs({  # timm looks for this very name
     name: 'cifar10' if args['depth'] == 20 else 'cifar100' for name, args in ARCHITECTURES.items()})  # as in the paper
 
 
-def _entrypoint(name: str, model_args: dict[str, Any]):
-    def create(pretrained: bool = False, **kwargs) -> PreResNet:
+def _entrypoint(name: str, model_args: dict[str, Any]) -> Callable[..., Any]:
+    def create(pretrained: bool = False, **kwargs: Any) -> PreResNet:
         if pretrained:
             tags.require_weights(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         return build_model_with_cfg(

@@ -14,6 +14,8 @@ from timm.models import generate_default_cfgs, resolve_pretrained_cfg
 
 from ..datasets import DATASETS
 
+__all__ = ['INDEX', 'TAGS', 'WEIGHTS', 'Tag', 'default_cfgs', 'require_weights']
+
 WEIGHTS = Path(__file__).resolve().parents[1] / 'weights'
 
 
@@ -48,23 +50,23 @@ def _cfg(architecture: str, tag: str) -> dict[str, Any]:
     )
 
 
-def default_cfgs(architectures: dict[str, str]) -> dict:
+def default_cfgs(architectures: dict[str, str]) -> dict[str, Any]:
     """timm's cfgs for every architecture and tag; architectures maps each name to the data set that it has unasked.
 
     The default is that data set's first tag with weights, and the first of all where none has any.
     """
-    cfgs = {}
+    cfgs: dict[str, Any] = {}
     for name, dataset in architectures.items():
         own = {tag: _cfg(name, tag) for tag in TAGS}
         wanted = [tag for tag in TAGS if TAGS[tag].dataset == dataset]
         default = next((tag for tag in wanted if own[tag]['file'] or own[tag]['hf_hub_id']), wanted[0])
         # '*' marks the default, which keeps its place only if it comes after a tag that has weights
-        for tag in sorted(TAGS, key=lambda tag, default=default: tag == default):
+        for tag in sorted(TAGS, key=default.__eq__):
             cfgs[f'{name}.{tag}{"*" if tag == default else ""}'] = own[tag]
     return generate_default_cfgs(cfgs)
 
 
-def require_weights(architecture: str, pretrained_cfg=None, pretrained_cfg_overlay=None) -> None:
+def require_weights(architecture: str, pretrained_cfg: Any = None, pretrained_cfg_overlay: Any = None) -> None:
     """Raises RuntimeError, naming the tags that have weights, if timm would find none for this cfg."""
     cfg = resolve_pretrained_cfg(
         architecture, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=pretrained_cfg_overlay)

@@ -1,6 +1,6 @@
 """ImageNet networks of timm with a nonlocal stage inside, on timm's own pretrained weights."""
 
-from typing import Any, Optional
+from typing import Any
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
@@ -10,26 +10,25 @@ from ..layers.insertion import insert
 
 __all__ = ['resnet50_nl_proposed_k5']
 
-default_cfgs = generate_default_cfgs({  # timm looks for this very name
-    'resnet50_nl_proposed_k5.a1_in1k': get_pretrained_cfg('resnet50.a1_in1k')})
+_a1_in1k: Any = get_pretrained_cfg('resnet50.a1_in1k')
+default_cfgs = generate_default_cfgs({'resnet50_nl_proposed_k5.a1_in1k': _a1_in1k})  # timm looks for this very name
 
 
-def _resnet50_nl(nl_args: Optional[dict[str, Any]] = None, **kwargs) -> nn.Module:
-    """ResNet-50 with a part before the last unit of its third stage, where Wang et al. (CVPR 2018) put theirs."""
+def _resnet50_nl(nl_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+    """ResNet-50 with a nonlocal module before the last unit of its third stage, as in Wang et al. (CVPR 2018)."""
     model = timm.create_model('resnet50', **kwargs)
-    weight = model.conv1.weight
+    weight = model.get_parameter('conv1.weight')
     example = weight.new_zeros(1, weight.shape[1], 32, 32)
     return insert(model, 'layer3.4', **{'kind': 'proposed', 'k': 5, **(nl_args or {})}, example=example)
 
 
-def _keep_part(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a file, and the model's own nonlocal part where the file has none, as timm's have not."""
-    part = {key: tensor for key, tensor in model.state_dict().items() if '.nl.' in key}
-    return {**part, **state_dict}
+def _keep_nonlocal(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a file, and the model's own nonlocal module where the file has none, as timm's have not."""
+    return {**{key: tensor for key, tensor in model.state_dict().items() if '.nl.' in key}, **state_dict}
 
 
 @register_model
-def resnet50_nl_proposed_k5(pretrained: bool = False, **kwargs) -> nn.Module:
+def resnet50_nl_proposed_k5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """timm's ResNet-50 with a proposed stage of 5 sub-blocks that starts as the identity."""
     return build_model_with_cfg(
-        _resnet50_nl, 'resnet50_nl_proposed_k5', pretrained, pretrained_filter_fn=_keep_part, **kwargs)
+        _resnet50_nl, 'resnet50_nl_proposed_k5', pretrained, pretrained_filter_fn=_keep_nonlocal, **kwargs)

@@ -7,7 +7,7 @@ that is where the enums are put.
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import timm
 import torchvision.models
@@ -31,17 +31,17 @@ class PreResNetWeights(WeightsEnum):
         return timm.create_model(self.meta['timm_name'], pretrained=True).state_dict()
 
 
-def _weights(name: str, cfg: PretrainedCfg) -> Weights:
+def _weights(name: str, tag: str, cfg: PretrainedCfg) -> Weights:
     """What torchvision wants to know of the weights `<architecture>.<tag>`."""
-    known, data = INDEX.get(name, {}), DATASETS[TAGS[cfg.tag].dataset]
-    meta = {'timm_name': name, 'architecture': 'PreResNet', 'categories': list(data.labels),
+    known, data = INDEX.get(name, {}), DATASETS[TAGS[tag].dataset]
+    meta: dict[str, Any] = {'timm_name': name, 'architecture': 'PreResNet', 'categories': list(data.labels),
             'min_size': (SMALLEST, SMALLEST)}
     if 'recipe' in known:  # else only where the weights are is known
         meta |= {
             'num_params': known['num_params'], '_ops': known['macs'] / 1e9, 'recipe': known['recipe'],
             '_metrics': {data.title: {'acc@1': round(100 - known['test_error'], 2)}}}
     return Weights(
-        url=Path(cfg.file).as_uri() if cfg.file else hf_hub_url(cfg.hf_hub_id, 'model.safetensors'),
+        url=Path(cfg.file).as_uri() if cfg.file else hf_hub_url(str(cfg.hf_hub_id), 'model.safetensors'),
         transforms=partial(ImageClassification, crop_size=cfg.input_size[-1], resize_size=cfg.input_size[-1],
                            mean=cfg.mean, std=cfg.std, interpolation=InterpolationMode(cfg.interpolation)),
         meta=meta)
@@ -53,16 +53,16 @@ def _weights_enum(architecture: str) -> type[WeightsEnum]:
     members = {}
     for tag in TAGS:
         cfg = get_pretrained_cfg(f'{architecture}.{tag}')
-        if cfg.has_weights:
-            members[tag.upper()] = _weights(f'{architecture}.{tag}', cfg)
-    default = get_pretrained_cfg(architecture).tag.upper()
-    if default in members:
-        members['DEFAULT'] = members[default]
+        if cfg and cfg.has_weights:
+            members[tag.upper()] = _weights(f'{architecture}.{tag}', tag, cfg)
+    default = get_pretrained_cfg(architecture)
+    if default and (member := members.get(str(default.tag).upper())):
+        members['DEFAULT'] = member
     return PreResNetWeights(f'{title.replace("Preresnet", "PreResNet")}_Weights', members, module=__name__)
 
 
 def _register(architecture: str, enum: type[WeightsEnum]) -> None:
-    def build(*, weights=None, progress=True, **kwargs):
+    def build(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> nn.Module:
         try:
             weights = enum.verify(weights)
         except KeyError:
@@ -77,7 +77,7 @@ def _register(architecture: str, enum: type[WeightsEnum]) -> None:
 
     build.__name__ = build.__qualname__ = architecture
     build.__doc__ = f'{architecture} as timm makes it; further arguments are those of PreResNet.'
-    build.__annotations__ = {'weights': Optional[enum], 'progress': bool, 'kwargs': Any, 'return': nn.Module}
+    build.__annotations__ = {'weights': enum | None, 'progress': bool, 'kwargs': Any, 'return': nn.Module}
     register_model(architecture)(build)
 
 
