@@ -305,6 +305,14 @@ def test_compile(module):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_compile_with_any_widths():
+    """The backend is chosen while the graph is made, whose sizes are symbols then."""
+    compiled = torch.compile(nonlocal_stage, backend='aot_eager', fullgraph=True, dynamic=True)
+    for c in (8, 12):
+        arguments = torch.randn(2, 9, c), [torch.randn(4, c)], [torch.randn(4, c)], [torch.randn(c, 4)], 0.3
+        torch.testing.assert_close(compiled(*arguments), nonlocal_stage(*arguments))
+
+
 @pytest.mark.parametrize('affinity', ['embedded_gaussian', 'dot_product', 'positive_dot_product', 'uniform'])
 @pytest.mark.parametrize('make', [NonlocalStage, NonlocalBlock])
 def test_graphs_for_other_runtimes_hold_plain_operators(make, affinity):

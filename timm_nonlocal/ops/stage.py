@@ -7,7 +7,6 @@ dA = [dH¹…dHᵏ][G¹…Gᵏ]ᵀ.
 Shapes: B images, M positions, C channels, D embedding channels, k sub-blocks of C' channels each.
 """
 
-import functools
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
@@ -27,16 +26,21 @@ FORMULATIONS = 'proposed', 'original'
 OPTIONS = 'inner', 'embeddings', 'scale', 'formulation', 'backend', 'recompute'  # of both operators
 
 
-@functools.cache
 def can_run(backend: str, device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> bool:
     """Whether a backend takes a device, a dtype, D and C': 'products' takes all."""
-    if backend != 'triton' or device.type != 'cuda':
-        return backend == 'products'
+    return backend == 'products' or (backend == 'triton' and max(dim, inner) <= _triton_width(device, dtype))
+
+
+@torch.compiler.assume_constant_result  # what it asks cannot be traced
+def _triton_width(device: torch.device, dtype: torch.dtype) -> int:
+    """The largest D and C' that the Triton kernels take, 0 where they do not run."""
+    if device.type != 'cuda':
+        return 0
     try:
         from .triton_backend import TritonBackend
     except ImportError:
-        return False
-    return TritonBackend.supports(device, dtype, dim, inner)
+        return 0
+    return TritonBackend.widest(device, dtype)
 
 
 def _backend_class(backend: str) -> type[Union[ProductBackend, 'TritonBackend']]:
@@ -47,7 +51,6 @@ def _backend_class(backend: str) -> type[Union[ProductBackend, 'TritonBackend']]
     return TritonBackend
 
 
-@torch.compiler.assume_constant_result
 def _choose(backend: str | None, device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> str:
     """The backend asked for, or the fastest that can run. Raises ValueError where it cannot."""
     able = [name for name in BACKENDS if can_run(name, device, dtype, dim, inner)]
@@ -105,7 +108,7 @@ def nonlocal_stage(
         raise TypeError(f'x is {x.dtype} and the weights are {w_in.dtype}: use autocast, or give both one dtype')
     if formulation not in FORMULATIONS:
         raise ValueError(f'formulation={formulation!r} is unknown: use one of {", ".join(FORMULATIONS)}')
-    inner, dim = int(w_g[0].shape[0]), int(embeddings[0].shape[0] if embeddings else w_in.shape[1])
+    inner, dim = w_g[0].shape[0], embeddings[0].shape[0] if embeddings else w_in.shape[1]
     return _stage(
         x, w_in, w_out, inner=inner, embeddings=len(embeddings), scale=scale, formulation=formulation,
         backend=_choose(backend, w_in.device, w_in.dtype, dim, inner), recompute=recompute,

@@ -32,10 +32,10 @@ class TritonBackend:
     images = 65535  # the limit of a grid
 
     @staticmethod
-    def supports(device: torch.device, dtype: torch.dtype, dim: int, inner: int) -> bool:
-        """bfloat16 and float16 on a GPU whose tensor cores know both, with tiles that fit the registers."""
-        return (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-                and dtype in (torch.bfloat16, torch.float16) and max(dim, inner) <= 128)
+    def widest(device: torch.device, dtype: torch.dtype) -> int:
+        """The largest D and C', by the registers, for 16 bits on a GPU whose tensor cores know both kinds; else 0."""
+        able = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+        return 128 if able and dtype in (torch.bfloat16, torch.float16) else 0
 
     @staticmethod
     def operands(like: Tensor) -> torch.dtype:
