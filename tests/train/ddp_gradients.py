@@ -23,7 +23,7 @@ run = Run('preresnet20_nl_proposed_k2', recipe=Recipe(batch_size=32))
 
 def after(steps: list[int], processes: Processes) -> Learner:
     model = run.build().double().eval()
-    learner = Learner(processes.wrap(model), run.recipe, images, 0, processes.rank, processes.world)
+    learner = Learner(processes.wrap(model), run.recipe, images, rank=processes.rank, world=processes.world)
     learner.seek(3)
     for size in steps:
         learner.step(size)
