@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.layouts import Block, find, parse_key_map
+from ..layers.stable import stable_weights
 from .random_weights import negative_of_random_weights
 
 __all__ = ['BN_EPS', 'TOP', 'Spectrum', 'block_weights', 'measure', 'numbers', 'restricted', 'spectrum',
@@ -56,7 +57,8 @@ class Spectrum:
         stable_rank: ‖W‖_F² / ‖W‖₂².
         effective_rank: exp of the entropy of σ/Σσ (Roy, Vetterli 2007).
         nonnormality: ‖W Wᵀ - Wᵀ W‖_F / ‖W‖_F² (Henrici), 0 where the eigenvectors of W are orthogonal.
-        flags: 'zero_weight', 'rank_deficient' (rank W < C' in float64), 'nonfinite' (‖W‖² is, in float64), 'untrained'.
+        flags: 'zero_weight', 'rank_deficient' (rank W < C' in float64), 'nonfinite' (‖W‖² is, in float64), 'untrained',
+            'stable' (by construction, `layers.stable`).
         raw: the same without folding, where something was folded.
         stability: what `timm_nonlocal.analysis.stability` says of W, where asked for.
     """
@@ -220,8 +222,11 @@ def block_weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_E
     def wide(name: str) -> Tensor:
         return tensors[name].detach().cpu().double()
 
-    w_z, w_g = (_normalised(wide(name).flatten(1), [wide(vector) for vector in power])
-                for name, power in ((block.w_z, block.power_z), (block.w_g, block.power_g)))
+    if block.base:
+        w_g, w_z = stable_weights(wide(block.w_g), wide(block.base), wide(block.w_z))
+    else:
+        w_z, w_g = (_normalised(wide(name).flatten(1), [wide(vector) for vector in power])
+                    for name, power in ((block.w_z, block.power_z), (block.w_g, block.power_g)))
     factor = w_z.new_ones(w_z.shape[0])
     if block.norm:
         factor = factor * wide(f'{block.norm}.weight') * (wide(f'{block.norm}.running_var') + eps).rsqrt()
@@ -249,8 +254,9 @@ def measure(block: Block, tensors: Mapping[str, Tensor], top: int | None = TOP, 
         'stage', 'index', 'name', 'keys', 'naming', 'formulation', 'symmetric')}
 
     def record(w_z: Tensor) -> Spectrum:
-        return Spectrum(**identity, C=channels, C_inner=inner, folded=False,
-                        method='reduced' if 2 * inner < channels else 'dense', **numbers(w_z, w_g, top))
+        found = Spectrum(**identity, C=channels, C_inner=inner, folded=False,
+                         method='reduced' if 2 * inner < channels else 'dense', **numbers(w_z, w_g, top))
+        return found.with_flag('stable') if block.base else found
 
     if fold and (block.norm or block.scale):
         return replace(record(factor[:, None] * w_z), folded=True, raw=record(w_z))

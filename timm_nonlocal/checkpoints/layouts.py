@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..layers.stable import BASE
+
 __all__ = ['Block', 'Found', 'Shape', 'find', 'natural', 'near', 'parse_key_map']
 
 Shape = tuple[int, ...]
@@ -73,6 +75,8 @@ class Block:
         power_g, power_z: vectors of spectral normalisation, to divide the weight by its largest singular value.
         norm: prefix of a batch norm after W_Z, with running statistics.
         scale: a number that multiplies the block's output.
+        base: of the orthonormal W_g where the block is stable by construction (`layers.stable`); then w_g and w_z are
+            what both are made from, (C', C) and (C', C').
     """
 
     stage: str
@@ -87,12 +91,14 @@ class Block:
     power_z: tuple[str, ...] = ()
     norm: str | None = None
     scale: str | None = None
+    base: str | None = None
 
     @property
     def names(self) -> list[str]:
         """Every tensor that the block's spectrum needs."""
         norm = [f'{self.norm}.{part}' for part in ('weight', 'running_var')] if self.norm else []
-        return [self.w_g, self.w_z, *self.power_g, *self.power_z, *norm, *([self.scale] if self.scale else [])]
+        return [self.w_g, self.w_z, *self.power_g, *self.power_z, *norm,
+                *filter(None, (self.scale, self.base))]
 
     @property
     def keys(self) -> dict[str, str | None]:
@@ -217,9 +223,10 @@ def _block(layout: Layout, prefix: str, g: str, z: str, modules: Mapping[str, st
     def power(module: str) -> tuple[str, ...]:
         return tuple(name for vector in _POWER[modules[module]] if (name := _join(module, vector)) in view)
 
+    base = _join(g, BASE)
     return Block(stage=stage, index=index, name=prefix, naming=layout.name, formulation=formulation,
                  symmetric=symmetric, w_g=_join(g, modules[g]), w_z=_join(z, modules[z]), power_g=power(g),
-                 power_z=power(z), **optional)
+                 power_z=power(z), base=base if base in view else None, **optional)
 
 
 def _mapped(view: Mapping[str, Shape | None], key_map: dict[str, re.Pattern]) -> Iterator[Block]:
@@ -247,6 +254,8 @@ def _misfit(block: Block, view: Mapping[str, Shape | None]) -> str | None:
         return f'{pair}: not 1×1 kernels, so that the block has no single W = W_Z W_g: left out'
     if max(*g[:2], *z[:2]) > MAX_CHANNELS:
         return f'{pair}: more than {MAX_CHANNELS} channels: left out'
+    if block.base:
+        return '' if (view[block.base], z) == ((g[1], g[1]), (g[0], g[0])) else f'{pair}: no stable block: left out'
     if g[1::-1] != z[:2]:
         return f'{pair}: W_Z has not the shape of W_g\'s transpose: left out'
     return ''
@@ -258,4 +267,4 @@ def _renamed(block: Block, norm: str | None, names: Mapping[str, str]) -> Block:
         block, w_g=names[block.w_g], w_z=names[block.w_z],
         power_g=tuple(names[name] for name in block.power_g), power_z=tuple(names[name] for name in block.power_z),
         norm=norm and names[f'{norm}.weight'].removesuffix('.weight'),  # a prefix is no name itself
-        scale=block.scale and names[block.scale])
+        scale=block.scale and names[block.scale], base=block.base and names[block.base])

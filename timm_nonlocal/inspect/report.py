@@ -139,7 +139,8 @@ def _title(stage: Stage) -> str:
     first = stage.blocks[0]
     folded = ', gain and BN folded' if first.folded and first.naming.startswith('biggan') else ', BN folded'
     return (f"{stage.name or '(root)'}: {stage.formulation}, C = {first.C}, C' = {first.C_inner}"
-            f'{folded if first.folded else ""}')
+            f'{folded if first.folded else ""}'
+            f'{", stable by construction" if all("stable" in block.flags for block in stage.blocks) else ""}')
 
 
 def table(result: Result, color: bool = False) -> str:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from torch.nn.utils.parametrize import register_parametrization
 
-__all__ = ['contraction', 'make_stable']
+__all__ = ['BASE', 'contraction', 'make_stable', 'stable_weights']
+
+BASE = 'parametrizations.weight.0.0.base'  # of W_g, in a state dict, where it is stable
 
 
 def contraction(s: Tensor) -> Tensor:
@@ -67,6 +69,25 @@ def make_stable(g: nn.Linear, z: nn.Linear) -> None:
     _maps(g)[0] = WithoutAutocast(_maps(g)[0])
     register_parametrization(z, 'weight', Damping(g))
     _maps(z).get_parameter('original').copy_(t)
+
+
+def stable_weights(x: Tensor, base: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """W_g, (C', C), and W_Z, (C, C'), from what a state dict holds, in its dtype; NaN where that is not finite.
+
+    Args:
+        x: (C', C), `….g.parametrizations.weight.original`.
+        base: (C, C), `….g.` and `BASE`.
+        t: (C', C'), `….z.parametrizations.weight.original`.
+    """
+    inner, channels = x.shape
+    if not all(tensor.isfinite().all() for tensor in (x, base, t)):
+        return torch.full_like(x, torch.nan), torch.full_like(x, torch.nan).mT
+    with torch.random.fork_rng(devices=[]):
+        g, z = (nn.Linear(*shape, bias=False, dtype=x.dtype) for shape in ((channels, inner), (inner, channels)))
+        make_stable(g, z)
+    g.load_state_dict({'parametrizations.weight.original': x, BASE: base})
+    z.load_state_dict({'parametrizations.weight.original': t})
+    return g.weight.detach(), z.weight.detach()
 
 
 def _maps(layer: nn.Linear) -> nn.ModuleList:

@@ -90,7 +90,7 @@ class Trainer:
                 raise ValueError(f'--start {run.start.name} is not the backbone of {run.architecture}: {other[0]} is '
                                  f'in one of them only')
             for name, parameter in learner.bare.named_parameters():
-                if name in missing and name.endswith('.z.weight'):
+                if name in missing and name.endswith(('.z.weight', '.z.parametrizations.weight.original')):
                     nn.init.zeros_(parameter)
 
     # What a run continues from
