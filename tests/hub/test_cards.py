@@ -187,7 +187,7 @@ def test_a_recipe_that_is_none(
         recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / 'results.jsonl'
     path.write_text(f'{json.dumps(made_up())}\n{json.dumps(made_up(recipe=recipe))}\n')
-    with pytest.raises(PublishError, match='line 2 has a recipe that is none: '):
+    with pytest.raises(PublishError, match='line 2 is not about a run: '):
         results.load(path)
     monkeypatch.setattr(cards, 'load', lambda: results.load(path))
     assert cards.main(['--check']) == 2
