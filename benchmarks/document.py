@@ -9,6 +9,8 @@ from hub.generated import block, markers, replace_block
 from timm_nonlocal.files import write_text
 from train.records.runs import ROOT
 
+__all__ = ['REPORT', 'kept', 'put', 'render', 'write_part']
+
 REPORT = ROOT / 'BENCHMARKS.md'
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+__all__ = ['TARGETS', 'report', 'table']
+
 
 @dataclass(frozen=True)
 class Target:
