@@ -55,7 +55,7 @@ def root(tmp_path: Path) -> Any:
     (tmp_path / 'hub').mkdir()
     shutil.copy(ROOT / 'README.md', tmp_path)
     line = {'architecture': 'preresnet20_nl_proposed_k2', 'dataset': 'cifar10', 'seed': 3, 'final_error': 7.25,
-            'mixed_precision': 'bf16', 'recipe': {'epochs': 164, 'milestones': [81, 122]},
+            'mixed_precision': 'bf16', 'recipe': PAPER.to_dict(),
             'best_error': 7.0, 'best_epoch': 160, 'train_loss': [], 'train_error': [], 'test_error': [],
             'sha256': hashlib.sha256((tmp_path / models.WEIGHTS / f'{NAME}.safetensors').read_bytes()).hexdigest()}
     (tmp_path / models.RESULTS).write_text(json.dumps({**line, 'sha256': '0', 'final_error': 1.0}) + '\n'
