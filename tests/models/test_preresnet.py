@@ -38,11 +38,13 @@ def test_registered_names_and_tags():
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_default_tag_is_the_papers(name):
+def test_default_tag(name):
+    """The paper's data set for the depth; of its tags the first with weights, the paper's recipe before ours."""
     classes = 10 if 'preresnet20' in name else 100
     model = timm.create_model(name)
     assert model.num_classes == classes
-    assert model.pretrained_cfg['tag'] == f'cifar{classes}'
+    tags = [f'cifar{classes}', f'ft_cifar{classes}']
+    assert model.pretrained_cfg['tag'] == next((tag for tag in tags if timm.is_model_pretrained(f'{name}.{tag}')), tags[0])
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, classes)
     assert timm.create_model(f'{name}.cifar{110 - classes}').num_classes == 110 - classes
 
