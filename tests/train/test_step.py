@@ -204,7 +204,7 @@ def test_two_processes_share_a_plan_and_its_gradients(monkeypatch: pytest.Monkey
     result = run('-m', 'torch.distributed.run', '--nproc_per_node', '2', '--rdzv_backend', 'c10d', '--rdzv_endpoint',
                  'localhost:0', str(ROOT / 'tests' / 'train' / 'ddp_gradients.py'))
     assert result.returncode == 0, result.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
+    lines = [line.split() for line in result.stdout.splitlines() if not line.startswith('[Gloo]')]  # torch 2.9
     assert len(lines) == 4, result.stdout  # two processes, two cases
     for error, loss, same_plan in lines:
         assert float(error) < 1e-12 and float(loss) < 1e-6 and same_plan == 'True', lines

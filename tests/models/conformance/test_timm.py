@@ -73,9 +73,11 @@ def check(timm_tests: Path, folder: Path, architectures: list[str]) -> None:
     weighted = [f'{name}.{tag}' for name, tag in zip(architectures, cycle(TAGS), strict=False)
                 if name in ARCHITECTURES]
     package_with_weights(folder, *weighted)
-    tests = passed(timm_tests, folder, architectures)
+    tests, text = passed(timm_tests, folder, architectures), (timm_tests / 'test_models.py').read_text()
+    there = {test for test in TESTS if f'def {test}(' in text}  # timm 1.0.29 has one less
+    assert len(there) >= len(TESTS) - 1
     for name in architectures:
-        assert tests.pop(name) == TESTS - {'test_model_default_cfgs'}, name
+        assert tests.pop(name) == there - {'test_model_default_cfgs'}, name
         for tag in TAGS if name in ARCHITECTURES else ['a1_in1k']:
             expected = {'test_model_default_cfgs'} | (PRETRAINED if f'{name}.{tag}' in weighted else set())
             assert tests.pop(f'{name}.{tag}') == expected, f'{name}.{tag}'
