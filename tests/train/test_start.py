@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import timm_nonlocal  # noqa: F401
-from tests.support.training import random_images, result, same_course
+from tests.support.training import random_images, result, same_course, same_tensors
 from timm_nonlocal.recipes import FINE_TUNING
 from train.cifar import main, parse, spectrum_epochs, usable_cores
 from train.engine.data import batch, load, whole_plan
@@ -52,12 +52,17 @@ def test_it_starts_as_the_backbone(backbone: Path, architecture: str) -> None:
             assert torch.equal(value, drawn[name] * (0 if name.endswith('.z.weight') else 1)), name
 
 
+@pytest.mark.parametrize('stable', [False, True])
 def test_cut_and_continued_to_the_same_bits(small_cifar_here: Path, backbone: Path, tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tune(small_cifar_here, tmp_path / 'whole', backbone) == 0
+                                            monkeypatch: pytest.MonkeyPatch, stable: bool) -> None:
+    more = ['--model-kwargs', "nl_args={'symmetric': True, 'stable': True}"] if stable else []
+    assert tune(small_cifar_here, tmp_path / 'whole', backbone, *more) == 0
     record = result(tmp_path / 'whole')
     assert record['start']['name'] == 'backbone.safetensors' and record['recipe_name'] == 'ft'
     assert record['recipe_id'] == 'ft epochs=2 batch_size=32'
+    assert record['nonlocal']['stable'] == stable and record['nonlocal']['inner_dim'] == 32
+    made = timm.create_model(f'local-dir:{tmp_path / "whole"}', pretrained=True).state_dict()
+    assert same_tensors(made, load_file(tmp_path / 'whole' / 'model.safetensors'))
     step, steps = Trainer._look_up, []
 
     def cut(self: Trainer, stop: Stop, *args: Any) -> StopReason:
@@ -66,8 +71,8 @@ def test_cut_and_continued_to_the_same_bits(small_cifar_here: Path, backbone: Pa
         return step(self, stop, *args)
 
     monkeypatch.setattr(Trainer, '_look_up', cut)
-    assert tune(small_cifar_here, tmp_path / 'cut', backbone) == 130
-    assert tune(small_cifar_here, tmp_path / 'cut', backbone, '--resume', 'auto') == 0
+    assert tune(small_cifar_here, tmp_path / 'cut', backbone, *more) == 130
+    assert tune(small_cifar_here, tmp_path / 'cut', backbone, *more, '--resume', 'auto') == 0
     assert same_course(tmp_path / 'whole', tmp_path / 'cut')
 
 

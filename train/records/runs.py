@@ -152,12 +152,13 @@ def nonlocal_choices(model: nn.Module, given: dict[str, Any]) -> dict[str, Any] 
     signature = inspect.signature(timm_nonlocal.NonlocalStage if proposed else timm_nonlocal.NonlocalBlock)
     defaults = {name: parameter.default for name, parameter in signature.parameters.items()
                 if name not in ('dim', 'k', 'device', 'dtype')}
-    holder: Any = first if proposed else first.sub_blocks[0]  # of the affinity
+    block: Any = first.sub_blocks[0]
+    holder: Any = first if proposed else block  # of the affinity
     return {
         'kind': 'proposed' if proposed else 'original', 'places': len(modules), 'k': len(first.sub_blocks),
         **defaults, **given,
         'scale': holder.affinity.scale, 'normalize': holder.affinity.normalize,
-        'inner_dim': first.sub_blocks[0].get_parameter('g.weight').shape[0],
+        'inner_dim': block.g.out_features,
     }
 
 
