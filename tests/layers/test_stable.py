@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from timm_nonlocal import NonlocalStage, insert, spectrum
 from timm_nonlocal.analysis.dynamics import stationary
 from timm_nonlocal.analysis.recorder import trajectory
-from timm_nonlocal.analysis.spectra import measure
+from timm_nonlocal.analysis.spectra import block_weights, measure
 from timm_nonlocal.analysis.stability import stability
 from timm_nonlocal.checkpoints.layouts import find
 from timm_nonlocal.layers.stable import contraction
@@ -31,7 +31,6 @@ def excess(module: NonlocalStage) -> float:
 
 def kappas(module: NonlocalStage) -> list[float]:
     """κ of every sub-block as inspect has it from the state dict."""
-    from timm_nonlocal.analysis.spectra import block_weights
     tensors = module.state_dict()
     blocks = find({name: tuple(tensor.shape) for name, tensor in tensors.items()}).blocks
     weights = [block_weights(block, tensors)[:2] for block in blocks]
@@ -132,6 +131,7 @@ def test_a_pretrained_network_keeps_its_predictions_and_learns_from_the_first_st
 def test_copies_and_states_go_on():
     module, x = stage(), torch.randn(2, C, 4, 4)
     assert torch.equal(copy.deepcopy(module)(x), module(x))
+    assert all(tensor.is_contiguous() for tensor in module.state_dict().values())  # as safetensors needs it
     other = stage()
     other.load_state_dict(module.state_dict())
     assert torch.equal(other(x), module(x))

@@ -66,7 +66,8 @@ def make_stable(g: nn.Linear, z: nn.Linear) -> None:
     """
     t = torch.randn(z.in_features, z.in_features, device=z.weight.device, dtype=z.weight.dtype) * z.weight.std()
     orthogonal(g, 'weight', orthogonal_map='cayley')
-    _maps(g)[0] = WithoutAutocast(_maps(g)[0])
+    _maps(g)[0] = WithoutAutocast(inner := _maps(g)[0])
+    inner.register_buffer('base', inner.get_buffer('base').contiguous())  # safetensors saves no other
     register_parametrization(z, 'weight', Damping(g))
     _maps(z).get_parameter('original').copy_(t)
 
