@@ -3,7 +3,6 @@
 import re
 from itertools import groupby
 
-import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from timm_nonlocal import paper
@@ -11,6 +10,7 @@ from timm_nonlocal.analysis.spectra import Spectrum
 from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.recipes import Recipe, recipe_id
 
+from .index import create, parameters
 from .results import Record, Shipped, counted, deviations, diverged, median_records, summary
 from .spectra import of_weights
 
@@ -143,14 +143,12 @@ def card(file: Shipped, records: list[Record]) -> tuple[str, str]:
                      if file.record['recipe'].get('mean', 'image') == 'image' else
                      '`transform` is the preprocessing that the network was trained and tested with.')
     name, repo = file.name, f'{NAMESPACE}/{file.name}'
-    model = timm.create_model(name)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     spectrum = of_weights(file.path)
     return front_matter(file), '\n\n'.join([
         f'# {name}', *warning,
-        f'{describe(file.architecture)}, trained on {DATASETS[file.dataset].title}: {parameters:,} parameters, images '
-        f'of 32×32. It belongs to [{paper.TITLE}](https://arxiv.org/abs/{paper.ARXIV}) (Tao, Sun, Du, Liu, NeurIPS '
-        f'2018); the weights are ours, not its authors’, who published none that we know of.',
+        f'{describe(file.architecture)}, trained on {DATASETS[file.dataset].title}: {parameters(create(name)):,} '
+        f'parameters, images of 32×32. It belongs to [{paper.TITLE}](https://arxiv.org/abs/{paper.ARXIV}) (Tao, Sun, '
+        f'Du, Liu, NeurIPS 2018); the weights are ours, not its authors’, who published none that we know of.',
         '## Use',
         f'```python\nimport timm_nonlocal  # registers the architecture: without it timm knows no such model\n\n'
         f'import timm\n\n'

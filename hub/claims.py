@@ -5,10 +5,10 @@ from itertools import combinations_with_replacement, product
 from statistics import median
 from typing import NamedTuple
 
-from hub import figures
 from timm_nonlocal import paper
 from timm_nonlocal.analysis.spectra import TOP
 
+from . import figures
 from .results import Counted, Record, counted
 from .spectra import kept
 

@@ -42,7 +42,7 @@ __all__ = ['SIGMAS', 'beyond_chance', 'captions', 'collect', 'signs', 'stale']
 FOLDER = HUB / 'figures'
 SIZE = (64, 32)  # C and C' of every figure's blocks, in the first stage
 SIGMAS = 2  # a count says something where it is this far from chance
-RECIPES = 'paper', 'short'  # that figures may show, the preferred one first
+SHOWN = 'paper', 'short'  # recipes that figures may show, the preferred one first
 
 
 class Source(NamedTuple):
@@ -66,7 +66,7 @@ def sources(panel: paper.Panel, records: list[Record], files: list[Shipped]) -> 
     """The networks of a panel that one recipe gave, by name: the recipe that gave most of them, of equals the paper's.
     """
     return max(({name: found for name in panel.architectures
-                 if (found := source(name, records, files, recipe, panel.curves))} for recipe in RECIPES), key=len)
+                 if (found := source(name, records, files, recipe, panel.curves))} for recipe in SHOWN), key=len)
 
 
 def _spectrum(panel: paper.Panel, found: Source | None) -> Drawn:

@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import timm_nonlocal
 from timm_nonlocal.files import sha256
-from timm_nonlocal.models.pretrained import TAGS
+from timm_nonlocal.models.pretrained import TAGS, WEIGHTS
 from timm_nonlocal.recipes import RECIPES, Recipe, nearest
 
 __all__ = ['HUB', 'RESULTS', 'WEIGHTS', 'Counted', 'PublishError', 'Record', 'Shipped', 'Summary', 'counted',
@@ -23,7 +22,6 @@ __all__ = ['HUB', 'RESULTS', 'WEIGHTS', 'Counted', 'PublishError', 'Record', 'Sh
 
 HUB = Path(__file__).parent
 RESULTS = HUB / 'results.jsonl'
-WEIGHTS = Path(timm_nonlocal.__file__).with_name('weights')
 Record = dict[str, Any]  # one line about a run; the fields are those that the training command writes
 FIELDS = {'architecture', 'dataset', 'seed', 'recipe', 'final_error', 'best_error', 'best_epoch', 'train_loss',
           'train_error', 'test_error', 'sha256'}  # that no card can do without

@@ -14,7 +14,6 @@ from timm.layers.non_local_attn import NonLocalAttn
 from torch import Tensor, nn
 
 from timm_nonlocal import NonlocalBlocks, NonlocalStage
-from timm_nonlocal.ops.stage import nonlocal_stage
 
 __all__ = ['CHANNELS', 'CONTENDERS', 'MMCV', 'Case', 'Step', 'Worker']
 
@@ -43,9 +42,8 @@ class Case:
 class ByProducts(NonlocalStage):
     """The stage by matrix products also where Triton runs."""
 
-    def _fused(self, x: Tensor) -> Tensor:
-        w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
-        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, scale=self.affinity.scale, backend='products')
+    def _fused(self, x: Tensor, backend: str | None = 'products') -> Tensor:
+        return super()._fused(x, backend)
 
 
 class Formula(NonlocalStage):

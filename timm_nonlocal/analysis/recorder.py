@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.blocks import NonlocalBlock, NonlocalBlocks, NonlocalStage
+from ..ops.reference import original_block, proposed_stage
 from . import dynamics
 
 __all__ = ['NonlocalModule', 'affinities', 'block_weights', 'formulation', 'identity', 'nonlocal_modules',
@@ -74,16 +75,14 @@ def trajectory(module: NonlocalModule, x: Tensor,
     Returns:
         A (B, M, M) or broadcastable, and k + 1 tensors (B, M, C).
     """
-    own = [relate] if relate else affinities(module)
+    own, weights = [relate] if relate else affinities(module), block_weights(module)
     a = first = own[0](x)
+    if formulation(module) == 'proposed':
+        return first, proposed_stage(x, a, [w_g for _, w_g in weights], [w_z for w_z, _ in weights])
     z = [x]
-    for n, (w_z, w_g) in enumerate(block_weights(module)):
-        if formulation(module) == 'proposed':
-            row_sums = a.sum(-1, keepdim=True)
-            z.append(z[-1] + (a @ z[-1] - row_sums * z[-1]) @ w_g.T @ w_z.T)  # eq. (8) with eq. (14)
-        else:
-            a = own[min(n, len(own) - 1)](z[-1]) if n else a
-            z.append(z[-1] + a @ (z[-1] @ w_g.T) @ w_z.T)  # eq. (1)
+    for n, (w_z, w_g) in enumerate(weights):
+        a = own[min(n, len(own) - 1)](z[-1]) if n else a
+        z.append(original_block(z[-1], a, w_g, w_z))
     return first, z
 
 

@@ -33,12 +33,13 @@ class Affinity(nn.Module):
         normalize: 'row_sum' (Cᵢ = Σⱼ Kᵢⱼ, eq. (4) and (9)) or 'positions' (Cᵢ = M); None takes the kernel's own.
 
     Raises:
-        ValueError: the kernel cannot be normalised as asked.
+        ValueError: the kernel cannot be normalised or scaled as asked.
     """
 
     embedded = True  # learns θ (and φ) in front of the kernel
     softmax: Final[bool] = False  # A = softmax(s Q Kᵀ), which `ops` and attention kernels apply unwritten
     semidefinite = False  # K is positive semidefinite and nonnegative where the keys are the queries
+    signed_scale = True  # False where a negative scale would make K negative
     normalize = 'row_sum'
     reason = ''  # why the other normaliser is refused
 
@@ -57,6 +58,8 @@ class Affinity(nn.Module):
             raise ValueError(f"normalize={normalize!r} does not fit {type(self).__name__}: {why}; "
                              f"use normalize={self.normalize!r}")
         self.scale = self.default_scale(dim) if scale is None else float(scale)
+        if self.scale < 0 and not self.signed_scale:
+            raise ValueError(f'scale={scale} makes the kernel negative: use a scale of at least 0')
 
     @staticmethod
     def default_scale(dim: int) -> float:
@@ -173,20 +176,8 @@ class PositiveDotProduct(ProductOfFeatures):
     """
 
     semidefinite = True
+    signed_scale = False
     reason = 'its row sum is what makes the rows of A sum to one'
-
-    def __init__(
-            self,
-            dim: int,
-            symmetric: bool = False,
-            scale: Optional[float] = None,
-            normalize: Optional[str] = None,
-            device: Device = None,
-            dtype: Optional[torch.dtype] = None,
-    ):
-        super().__init__(dim, symmetric, scale=scale, normalize=normalize)
-        if self.scale < 0:
-            raise ValueError(f'scale={scale} makes the kernel negative: use a scale of at least 0')
 
     @staticmethod
     def default_scale(dim: int) -> float:

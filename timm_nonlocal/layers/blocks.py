@@ -93,15 +93,17 @@ class SubBlock(nn.Module):
 class _Nonlocal(nn.Module):
     """What block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
 
-    def __init__(self, dim: int, inner_dim: int, *, affinity: str, symmetric: bool, scale: Optional[float],
-                 normalize: Optional[str], init: str, dd: dict[str, Any]):
+    def __init__(self, dim: int, inner_dim: Optional[int], *, affinity: str, symmetric: bool, scale: Optional[float],
+                 normalize: Optional[str], init: str, merged: bool, dd: dict[str, Any]):
         super().__init__()
+        inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
         kernel = affinity_class(affinity)
         draw = 'xavier_normal' if init == 'zero' else init
         self.theta = _linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
         self.phi = _linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
         self.embed_dim = inner_dim if kernel.embedded else dim
         self.affinity = kernel(self.embed_dim, symmetric, scale=scale, normalize=normalize, **dd)
+        self.inner_dim, self.merged = inner_dim, merged
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, (B, M, D) both, from X (B, M, C)."""
@@ -156,13 +158,11 @@ class NonlocalBlock(_Nonlocal):
             device: Device = None,
             dtype: Optional[torch.dtype] = None,
     ):
-        inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__(dim, inner_dim, affinity=affinity, symmetric=symmetric, scale=scale, normalize=normalize,
-                         init=init, dd=dd)
-        weight = SubBlock(dim, inner_dim, init, **dd)
+                         init=init, merged=merged, dd=dd)
+        weight = SubBlock(dim, self.inner_dim, init, **dd)
         self.g, self.z = weight.g, weight.z
-        self.merged = merged
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
@@ -254,13 +254,12 @@ class NonlocalStage(_Nonlocal):
             device: Device = None,
             dtype: Optional[torch.dtype] = None,
     ):
-        inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__(dim, inner_dim, affinity=affinity, symmetric=symmetric, scale=scale, normalize=normalize,
-                         init=init, dd=dd)
+                         init=init, merged=merged, dd=dd)
         self.sub_blocks = nn.ModuleList(  # type: ignore[assignment]
-            SubBlock(dim, inner_dim, init, **dd) for _ in range(_positive('k', k)))
-        self.merged, self.recompute = merged, recompute
+            SubBlock(dim, self.inner_dim, init, **dd) for _ in range(_positive('k', k)))
+        self.recompute = recompute
         if stable:
             self._refuse_unstable(affinity, symmetric)
             for sub_block in self.sub_blocks:
@@ -312,11 +311,11 @@ class NonlocalStage(_Nonlocal):
                 g[m] = g[m] + F.linear(h[n], w_g[m] @ w_z[n])  # (C', C')
         return F.linear(torch.cat(h, dim=-1), torch.cat(w_z, dim=1))  # Σ Hⁿ W_Zⁿᵀ, (B, M, C)
 
-    def _fused(self, x: Tensor) -> Tensor:
+    def _fused(self, x: Tensor, backend: Optional[str] = None) -> Tensor:
         """Zᵏ as `_merged` has it, by one operator that keeps no A for the backward pass."""
         w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
-        return nonlocal_stage(
-            x, self.embedding_weights(), w_g, w_z, scale=self.affinity.scale, recompute=self.recompute)
+        return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, scale=self.affinity.scale,
+                              recompute=self.recompute, backend=backend)
 
 
 KINDS = {'original': NonlocalBlocks, 'proposed': NonlocalStage}  # both take (dim, k, …)
