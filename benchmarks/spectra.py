@@ -1,7 +1,7 @@
 """How long the inspect command takes beyond its imports: python -m benchmarks.spectra
 
 Every case runs in processes of its own, so that nothing is warm but the disk, and the fastest counts: what other
-programs take away is not ours. Prints the part of BENCHMARKS.md between its marks, and writes it unless --dry-run.
+programs take away is not ours. Prints its part of BENCHMARKS.md, and writes that unless --dry-run.
 """
 
 import argparse
@@ -11,13 +11,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from safetensors.torch import save_file
 
 import timm_nonlocal  # noqa: F401
-from benchmarks.document import write_part
+from benchmarks.document import render
+from benchmarks.spectra_report import report
 from train.records.runs import ROOT, surroundings
 
 TIMED = """
@@ -56,32 +58,21 @@ def package_files(folder: Path) -> tuple[list[Path], str]:
     return [folder / f'{name}.safetensors' for name in names], f'all {len(names)} nonlocal networks, fresh weights'
 
 
-def rows(repeats: int) -> list[tuple[str, float | None, float]]:
+def rows(repeats: int) -> list[dict[str, Any]]:
     """What, the goal in seconds where there is one, and the seconds it took."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files, what = package_files(folder)
-        found: list[tuple[str, float | None, float]] = [(what, 2.0, seconds(files, folder, repeats))]
+        found: list[dict[str, Any]] = [{'what': what, 'goal': 2.0, 'seconds': seconds(files, folder, repeats)}]
         torch.manual_seed(0)
         for channels, inner in ((2048, 256), (1024, 512), (64, 32)):
             path = folder / 'one.safetensors'
             save_file({'block.g.weight': torch.randn(inner, channels), 'block.z.weight': torch.randn(channels, inner)},
                       path)
             goal = 0.2 if (channels, inner) == (2048, 256) else None
-            found.append((f"one block, C = {channels}, C' = {inner}", goal, seconds([path], folder, repeats)))
+            found.append({'what': f"one block, C = {channels}, C' = {inner}", 'goal': goal,
+                          'seconds': seconds([path], folder, repeats)})
         return found
-
-
-def text(found: list[tuple[str, float | None, float]]) -> str:
-    lines = ['## Inspect', '',
-             'Seconds of `python -m timm_nonlocal.inspect … --json` beyond its imports, expectation of random weights '
-             'included, on one thread, the fastest of several fresh processes.', '',
-             '| what | goal | seconds |', '| --- | --- | --- |']
-    lines += [f'| {what} | {"-" if goal is None else f"{goal:g}"} | {taken:.3f} |' for what, goal, taken in found]
-    where = surroundings(torch.device('cpu'))
-    versions = ', '.join(f'{name} {version}' for name, version in where['versions'].items() if version)
-    lines += ['', f'{where["device"]}, {os.cpu_count()} cores, {versions}, commit {where["commit"]}.']
-    return '\n'.join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,10 +80,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--dry-run', action='store_true', help='write nothing')
     args = parser.parse_args(argv)
-    section = text(rows(args.repeats))
+    where = surroundings(torch.device('cpu'))
+    record = {**where, 'rows': rows(args.repeats)}
+    print(report({where['device']: record}))
     if not args.dry_run:
-        write_part('spectra', section)
-    print(section)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, 'spectra.json')
+            path.write_text(json.dumps({where['device']: record}))
+            render('spectra', [path])
     return 0
 
 

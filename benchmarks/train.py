@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.document import render
 from benchmarks.stage.measure import milliseconds
-from benchmarks.train_report import TARGETS, report, table
+from benchmarks.train_report import TARGETS, table
 from timm_nonlocal.files import write_text
 from timm_nonlocal.recipes import PAPER, Recipe
 from train.engine.data import Images, frame, whole_plan
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.render is None:
             print(table(run(args.output, args.max_minutes)))
         else:
-            render('train', args.render, report)
+            render('train', args.render)
     except (OSError, ValueError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

@@ -29,7 +29,7 @@ from benchmarks.stage.check import checks
 from benchmarks.stage.contenders import CONTENDERS, MMCV, Case, Step, Worker
 from benchmarks.stage.counts import ceilings, counts, floor
 from benchmarks.stage.measure import captured, extra_bytes, milliseconds
-from benchmarks.stage.report import report, table
+from benchmarks.stage.report import table
 from timm_nonlocal.files import write_text
 from timm_nonlocal.ops.products import ProductBackend
 from train.records.runs import surroundings
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     args.given = sys.argv[1:] if argv is None else argv
     try:
         if args.render is not None:
-            render('stage', args.render, report)
+            render('stage', args.render)
             return 0
         record = run(args)
     except (OSError, ValueError) as error:

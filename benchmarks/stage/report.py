@@ -1,6 +1,9 @@
 """How the figures are shown: a table on the terminal, and a part of BENCHMARKS.md."""
 
+from collections.abc import Callable
 from typing import Any
+
+from benchmarks.goals import Goal, goals_table
 
 __all__ = ['CPU_CASE', 'GPU_CASE', 'LOW_CASE', 'goals', 'report', 'table']
 
@@ -14,27 +17,38 @@ def best(row: dict[str, Any]) -> float | None:
     return row.get('graph') or row.get('both')
 
 
-def comparison(entry: dict[str, Any]) -> list[str]:
-    """A table of one case: a line for each contender, with its ratios to ours."""
-    rows = entry['results']
-    ours = rows.get('ours', {})
-    head = '| | forward ms | forward + backward ms | as a graph ms | × ours | extra MB | × ours |'
-    lines = [f'### {entry["name"]}', '', head, '| --- ' * 7 + '|']
-    for name, row in rows.items():
-        if 'failed' in row:
-            lines.append(f'| {name} | {row["failed"]} | | | | | |')
-            continue
-        ms, our_ms = best(row), best(ours)
-        time = f'{ms / our_ms:.2f}' if ms and our_ms else ''
-        memory = f'{row["bytes"] / ours["bytes"]:.1f}' if row.get('bytes') and ours.get('bytes') else ''
-        figures = [f'{row[key]:.3f}' if row.get(key) is not None else '-' for key in ('forward', 'both', 'graph')]
-        held = f'{row["bytes"] / 1e6:.1f}' if row.get('bytes') is not None else '-'
-        lines.append(f'| {name} | {" | ".join(figures)} | {time} | {held} | {memory} |')
-    floor = entry['floor']
-    lines += ['', f'Floor of forward + backward: {max(floor.values()):.3f} ms, of ' + ', '.join(
-        f'{entry["counts"][key] / unit:.4g} {what} {floor[key]:.3f}' for key, unit, what in (
-            ('flop', 1e9, 'GFLOP'), ('exponentials', 1e9, 'G exponentials'), ('bytes', 1e6, 'MB'))) + '.', '']
-    return lines
+def _cases(record: dict[str, Any]) -> list[str]:
+    """Two tables, time and memory, a line a case: ours as it is, all others as multiples of it."""
+    names = list(dict.fromkeys(name for entry in record['cases'] for name in entry['results'] if name != 'ours'))
+    head = ' | '.join(names)
+    lines = [f'| forward + backward | floor, ms | ours, ms | forward alone, ms | {head} |',
+             '| --- ' * (4 + len(names)) + '|']
+    for entry in record['cases']:
+        ours = entry['results'].get('ours', {})
+        times = ' | '.join(_multiple(entry['results'].get(name, {}), ours, best) for name in names)
+        lines.append(f'| {entry["name"]} | {max(entry["floor"].values()):.1f} | {_figure(best(ours), 1)} | '
+                     f'{_figure(ours.get("forward"), 1)} | {times} |')
+    lines += ['', f'| extra memory | ours, MB | {head} |', '| --- ' * (2 + len(names)) + '|']
+    for entry in record['cases']:
+        ours = entry['results'].get('ours', {})
+        held = ' | '.join(_multiple(entry['results'].get(name, {}), ours, _bytes) for name in names)
+        lines.append(f'| {entry["name"]} | {_figure(_bytes(ours), 1e6)} | {held} |')
+    return [*lines, '']
+
+
+def _bytes(row: dict[str, Any]) -> float | None:
+    return row.get('bytes')
+
+
+def _figure(value: float | None, unit: float) -> str:
+    return '-' if value is None else f'{value / unit:.1f}'
+
+
+def _multiple(row: dict[str, Any], ours: dict[str, Any], of: Callable[[dict[str, Any]], float | None]) -> str:
+    if 'failed' in row:
+        return row['failed']
+    value, reference = of(row), of(ours)
+    return f'{value / reference:.2f} ×' if value and reference else '-'
 
 
 def _goal(record: dict[str, Any], case: str, of: str, against: str | None, key: str) -> float | None:
@@ -61,35 +75,35 @@ GOALS = [  # whether on a GPU, what, the case, whose, against whom, of which fig
 ]
 
 
-def goals(kept: dict[str, Any]) -> list[str]:
-    lines = ['| forward + backward | case | goal | measured | device |', '| --- ' * 5 + '|']
+def goals(kept: dict[str, Any]) -> list[Goal]:
+    """What the operator is held to, on the device that is worst off."""
+    rows = []
     for gpu, what, case, of, against, key, bound, unit in GOALS:
         found = [(value, device) for device, record in kept.items() if bool(record['versions']['cuda']) == gpu
                  if (value := _goal(record, case, of, against, key)) is not None]
-        value, device = (min if against else max)(found, default=(None, ''))  # the device that is worst off
-        shown = 'missing' if value is None else f'{value / unit:.2f}'
-        lines.append(f'| {what} | {case} | {bound} | {shown} | {device} |')
-    return lines
+        value, device = (min if against else max)(found, default=(None, ''))
+        shown = None if value is None else f'{value / unit:.2f} {bound.split()[-1]}'
+        rows.append(Goal(f'{what}{" on a GPU" if gpu else ""}, {case}', bound, shown, device))
+    return rows
 
 
 def report(kept: dict[str, Any]) -> str:
-    """The part of BENCHMARKS.md about the stage: goals first, then every device's figures."""
+    """The part of BENCHMARKS.md about the stage: every device's figures."""
     lines = [
         '## Nonlocal stage', '',
-        'k nonlocal steps on 64 channels, 32 inside, all contenders in turn in one run; medians. Extra memory is the '
-        'peak of what a forward + backward allocates, without the result and the gradients. Floor: the longest of what '
-        "the arithmetic, the exponentials and the bytes take at the machine's own rates, with A made anew whenever it "
-        f'is used. GPU figures that are missing are filled by `{COMMAND}` and then `python -m benchmarks.stage '
-        '--render DIR/stage.json`.', '', *goals(kept)]
+        'k nonlocal steps on 64 channels, 32 inside, all contenders in turn in one run; medians of forward + backward, '
+        'as a captured graph where the device has those; × is a multiple of ours. Extra memory is the peak of what it '
+        'allocates, without the result and the gradients. Floor: the longest of what the arithmetic, the exponentials '
+        "and the bytes take at the machine's own rates, with A made anew whenever it is used. All figures are in "
+        f'`benchmarks/stage.json`; `{COMMAND}` and then `python -m benchmarks.stage --render DIR/stage.json` adds '
+        'another device.', '']
     for device, record in kept.items():
         versions = ', '.join(f'{name} {version}' for name, version in record['versions'].items() if version)
         wrong = [check for check in record['checks'] if not check['right']]
-        lines += ['', f'## Nonlocal stage on {device}', '',
+        lines += [f'### {device}', '',
                   f'{versions}, commit {record["commit"]}, `{record["command"]}`. {len(record["checks"])} outputs were '
-                  f'compared with float64 first, {len(wrong)} of them were wrong.', '']
-        for entry in record['cases']:
-            lines += comparison(entry)
-        lines += extras(record)
+                  f'compared with float64 first, {len(wrong)} of them were wrong.', '', *_cases(record),
+                  *extras(record)]
     return '\n'.join(lines).rstrip()
 
 
@@ -97,18 +111,18 @@ def extras(record: dict[str, Any]) -> list[str]:
     """What only GPUs have: attention backends, tiles, longest kernels."""
     lines = []
     if record['attention']:
-        lines += ['### One application of A by scaled_dot_product_attention, B = 128, M = 1024, D = 32', '',
+        lines += ['#### One application of A by scaled_dot_product_attention, B = 128, M = 1024, D = 32', '',
                   '| backend | forward ms | forward + backward ms |', '| --- ' * 3 + '|']
         lines += [f'| {row["backend"]} | {row["failed"]} | |' if 'failed' in row else
                   f'| {row["backend"]} | {row["forward"]:.3f} | {row["both"]:.3f} |' for row in record['attention']]
         lines.append('')
     if record['tiles']:
-        lines += ['### Tiles (owned, step, warps, stages)', '', '| kernel | tile | ms | |', '| --- ' * 4 + '|']
+        lines += ['#### Tiles (owned, step, warps, stages)', '', '| kernel | tile | ms | |', '| --- ' * 4 + '|']
         lines += [f'| {row["kernel"]} | {tuple(row["tile"])} | {row.get("failed") or format(row["ms"], ".3f")} | '
                   f'{"default" if row.get("default") else ""} |' for row in record['tiles']]
         lines.append('')
     if record['kernels']:
-        lines += [f'### Longest kernels, {GPU_CASE}', '', '| kernel | us a step | launches |', '| --- ' * 3 + '|']
+        lines += [f'#### Longest kernels, {GPU_CASE}', '', '| kernel | us a step | launches |', '| --- ' * 3 + '|']
         lines += [f'| `{row["name"]}` | {row["us"]:.1f} | {row["count"]:g} |' for row in record['kernels']]
         lines.append('')
     return lines
@@ -117,10 +131,8 @@ def extras(record: dict[str, Any]) -> list[str]:
 def table(record: dict[str, Any]) -> str:
     """What the command prints last: goals, headline, what failed."""
     headline = GPU_CASE if record['versions']['cuda'] else CPU_CASE
-    lines = goals({record['device']: record})
-    for entry in record['cases']:
-        if entry['name'] == headline:
-            lines += comparison(entry)
+    first = [entry for entry in record['cases'] if entry['name'] == headline]
+    lines = [*goals_table(goals({record['device']: record})), '', *_cases({**record, 'cases': first})]
     lines += [f'WRONG: {check["what"]}: {check["error"]:.1e} > {check["tolerance"]:.0e}'
               for check in record['checks'] if not check['right']]
     fastest: dict[str, dict[str, Any]] = {}

@@ -1,36 +1,33 @@
-"""BENCHMARKS.md and its parts."""
+"""BENCHMARKS.md and the figures that it is made from."""
 
 import json
 
-import pytest
-
-from benchmarks import document, train_report
-from benchmarks.document import put
-from benchmarks.stage import report
+from benchmarks import document
 
 
-def test_a_document_keeps_what_is_around_a_part():
-    once = put('# Benchmarks\n\n## Other\n\ntext\n', 'x', 'ours')
-    assert once.startswith('# Benchmarks\n\n## Other\n\ntext\n') and once.count('ours') == 1
-    twice = put(once + '\n## Later\n', 'x', 'new')
-    assert 'ours' not in twice and twice.endswith('\n## Later\n') and put(twice, 'x', 'new') == twice
-    both = put(twice, 'y', 'other')
-    assert both.startswith(twice) and put(both, 'x', 'ours').count('other') == 1
+def test_benchmarks_md_is_what_the_figures_make_it():
+    assert document.REPORT.read_text() == document.text()
 
 
-@pytest.mark.parametrize(('name', 'report'), [('stage', report.report), ('train', train_report.report)])
-def test_benchmarks_md_is_what_the_figures_make_it(name, report):
-    kept = json.loads(document.kept(name).read_text())
-    assert put(text := document.REPORT.read_text(), name, report(kept)) == text
+def test_goals_come_before_figures():
+    lines = document.text().splitlines()
+    goals = [line for line in lines[:lines.index('## Nonlocal stage')] if line.startswith('| ')]
+    assert len(goals) > 8 and all('missing' not in line for line in lines)
 
 
 def test_a_newer_record_replaces_that_of_its_device(tmp_path, monkeypatch):
     monkeypatch.setattr(document, 'ROOT', tmp_path)
     monkeypatch.setattr(document, 'REPORT', tmp_path / 'BENCHMARKS.md')
     (tmp_path / 'benchmarks').mkdir()
-    for number, records in enumerate(({'A': 1, 'B': 2}, {'B': 3})):
+
+    def record(seconds):
+        return {'versions': {'torch': '2.9'}, 'commit': 'abc', 'rows': [
+            {'what': 'one block', 'goal': 0.2, 'seconds': seconds}]}
+
+    for number, records in enumerate(({'A': record(1), 'B': record(2)}, {'B': record(3)})):
         path = tmp_path / f'{number}.json'
         path.write_text(json.dumps(records))
-        document.render('stage', [path], str)
-    assert json.loads((tmp_path / 'benchmarks/stage.json').read_text()) == {'A': 1, 'B': 3}
-    assert "{'A': 1, 'B': 3}" in (tmp_path / 'BENCHMARKS.md').read_text()
+        document.render('spectra', [path])
+    assert json.loads((tmp_path / 'benchmarks/spectra.json').read_text()) == {'A': record(1), 'B': record(3)}
+    text = (tmp_path / 'BENCHMARKS.md').read_text()
+    assert '| `inspect`, one block | ≤ 0.2 s | 3.000 | B |' in text and '2.000' not in text

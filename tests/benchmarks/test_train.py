@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import train as benchmark
 from benchmarks import train_report
+from benchmarks.goals import goals_table
 
 GPU = {'device': 'GPU X', 'versions': {'torch': '2.11', 'cuda': '13.0'}, 'commit': 'abc', 'ceilings': {}, 'failed': []}
 
@@ -56,11 +57,13 @@ def test_the_report_holds_figures_against_floors_and_goals():
     kernels = [{'model': 'preresnet20', 'kernels_per_step': 300.0, 'busy': 0.97,
                 'longest': [{'name': 'wgrad', 'us_per_step': 50.0, 'per_step': 10.0}]}]
     record = {**GPU, 'steps': steps, 'epochs': epochs, 'kernels': kernels}
-    lines = train_report.report({'GPU X': record}).splitlines()
-    assert '| preresnet20 | 1 | 0.37 | 0.84 | 0.500 | 1.35 | compile + graph bf16 | GPU X |' in lines
-    assert '| preresnet20 | 5 | - | 4 × one seed | 1.850, 2.50 × one seed | - | graph bf16 | GPU X |' in lines
-    assert '| preresnet56_nl_proposed_k5 | 1 | 1.7 | 3.5 | missing | missing | | |' in lines
-    assert any(line.endswith('preresnet20 94 % (GPU X).') for line in lines)
+    lines = goals_table(train_report.goals({'GPU X': record}))
+    for line in ('| step of preresnet20 on a GPU, compile + graph bf16 | ≤ 0.84 ms | 0.500 ms | GPU X |',
+                 '| step of preresnet20 on a GPU, 5 seeds, graph bf16 | ≤ 4 × one seed '
+                 '| 1.850 ms, 2.50 × one seed | GPU X |',
+                 '| share of an epoch that steps and test take | > 90 % | 94 % | GPU X |'):
+        assert line in lines
+    assert 'step of preresnet56_nl_proposed_k5 on a GPU (≤ 3.5 ms)' in lines[-1]
     table = train_report.table(record).splitlines()
     assert table[1].split()[-4:] == ['0.740', '2.00', '-', '172973']
     assert table[3].split()[-4:-1] == ['1.850', '-', '2.50']
