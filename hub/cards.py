@@ -158,7 +158,7 @@ def make(folder: Path = HUB.parent) -> tuple[dict[Path, str], list[str]]:
     cards |= {path_of(file): current(file, records) for file in files}
     problems = [f'{path.relative_to(folder)} has no weights: delete it'
                 for path in sorted(CARDS.glob('*.md')) if path not in cards]
-    return cards, problems + figures.stale(drawn)
+    return cards, problems + figures.stale(drawn, records)
 
 
 def main(argv: list[str] | None = None) -> int:

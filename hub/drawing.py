@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from timm_nonlocal import files, paper
 
+from .overview import Expected, Spectra
 from .results import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['Drawn', 'curve', 'figure']
+__all__ = ['Drawn', 'curve', 'figure', 'overview']
 
 MARKERS = 'osD^v<'
 
@@ -58,6 +59,27 @@ def _draw_curves(axes: Axes, panel: Drawn) -> None:
     axes.set(xlabel='epoch', ylabel='training loss', yscale='log')
     if panel.series:
         axes.legend(fontsize='small')
+
+
+def overview(path: Path, spectra: list[Spectra], expected: Expected, description: str) -> None:
+    """A panel a network: all eigenvalues of its blocks, largest first, over what 90 % of random weights show."""
+    from matplotlib.figure import Figure
+    sheet = Figure(figsize=(8, 3.4), layout='constrained')
+    index = range(1, len(expected.mean) + 1)
+    for axes, found in zip(sheet.subplots(1, len(spectra), sharey=True, squeeze=False)[0], spectra, strict=True):
+        axes.fill_between(index, expected.low, expected.high, color='0.8', linewidth=0, label='random weights, 90 %')
+        axes.plot(index, expected.mean, color='0.5', linewidth=0.8, label='their mean')
+        for number, block in enumerate(found.blocks):
+            axes.plot(index, block, marker='o', markersize=2, linewidth=0.6, color='C0', alpha=0.7,
+                      label='' if number else f'trained, {len(found.blocks)} block{"s" * (len(found.blocks) > 1)}')
+        axes.axhline(0, color='black', linewidth=0.5)
+        axes.set(title=f'{found.record["architecture"]}\nrecipe {found.recipe}, seed {found.record["seed"]}',
+                 xlabel='eigenvalues of (W + Wᵀ)/2, largest first')
+        axes.title.set_fontsize('medium')
+        axes.legend(fontsize='small', frameon=False)
+        axes.spines[['top', 'right']].set_visible(False)
+    sheet.axes[0].set_ylabel('over their root mean square')
+    _save(sheet, path, description)
 
 
 def curve(path: Path, record: Record) -> None:

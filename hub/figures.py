@@ -20,8 +20,9 @@ from timm_nonlocal import paper
 from timm_nonlocal.analysis.random_weights import negative_of_random_weights
 from timm_nonlocal.recipes import PAPER, Recipe
 
-from . import drawing
+from . import drawing, overview
 from .drawing import Drawn
+from .overview import SIZE
 from .results import (
     HUB,
     PublishError,
@@ -40,7 +41,7 @@ from .spectra import kept, of_weights
 __all__ = ['SIGMAS', 'beyond_chance', 'captions', 'collect', 'signs', 'stale']
 
 FOLDER = HUB / 'figures'
-SIZE = (64, 32)  # C and C' of every figure's blocks, in the first stage
+OVERVIEW = 'overview.png'
 SIGMAS = 2  # a count says something where it is this far from chance
 SHOWN = 'paper', 'short'  # recipes that figures may show, the preferred one first
 
@@ -172,16 +173,15 @@ def picture(number: int) -> Path:
     return FOLDER / f'figure{number}.png'
 
 
-def stale(drawn: dict[int, list[Drawn]]) -> list[str]:
+def stale(drawn: dict[int, list[Drawn]], records: list[Record]) -> list[str]:
     """The pictures that do not show the present data, or should not be there."""
     from PIL import Image
-    found = []
-    for number, panels in drawn.items():
-        path = picture(number)
-        shown = Image.open(path).info.get('Description') if path.is_file() else None
-        if shown != (digest(panels) if any(panel.series for panel in panels) else None):
-            found.append(f'{path.relative_to(HUB.parent)} does not show the present data: run python -m hub.figures')
-    return found
+    spectra = overview.collect(records)
+    wanted = {picture(number): digest(panels) if any(panel.series for panel in panels) else None
+              for number, panels in drawn.items()} | {FOLDER / OVERVIEW: overview.digest(spectra) if spectra else None}
+    return [f'{path.relative_to(HUB.parent)} does not show the present data: run python -m hub.figures'
+            for path, expected in wanted.items()
+            if expected != (Image.open(path).info.get('Description') if path.is_file() else None)]
 
 
 def captions(drawn: dict[int, list[Drawn]]) -> dict[int, str]:
@@ -213,6 +213,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f'{picture(number).relative_to(HUB.parent)}')
         else:
             picture(number).unlink(missing_ok=True)
+    if spectra := overview.collect(records):
+        drawing.overview(FOLDER / OVERVIEW, spectra, overview.chance(), overview.digest(spectra))
+        print(f'{(FOLDER / OVERVIEW).relative_to(HUB.parent)}')
+    else:
+        (FOLDER / OVERVIEW).unlink(missing_ok=True)
     missing = [f'Figure {number}{f" ({panel.panel.letter})" if panel.panel.letter else ""}: {what}'
                for number, panels in drawn.items() for panel in panels for what in panel.missing]
     for line in missing:

@@ -2,23 +2,23 @@
 
 from .results import PublishError
 
-__all__ = ['block', 'replace_block']
+__all__ = ['block', 'markers', 'replace_block']
 
 
-def _markers(name: str, module: str) -> tuple[str, str]:
+def markers(name: str, module: str) -> tuple[str, str]:
     """The lines before and after what `python -m MODULE` makes under a name."""
     return f'<!-- begin {name}: made by python -m {module} -->', f'<!-- end {name} -->'
 
 
 def block(name: str, module: str, content: str) -> str:
     """The content between its markers."""
-    begin, end = _markers(name, module)
+    begin, end = markers(name, module)
     return f'{begin}\n\n{content.strip()}\n\n{end}'
 
 
 def replace_block(text: str, name: str, module: str, content: str) -> str:
     """A document with the block of a name made anew. Raises PublishError if its markers are not there once each."""
-    begin, end = _markers(name, module)
+    begin, end = markers(name, module)
     if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
         raise PublishError(f'the lines {begin} and {end} must both be there, once each and in this order')
     return f'{text[:text.index(begin)]}{block(name, module, content)}{text[text.index(end) + len(end):]}'

@@ -2,15 +2,18 @@
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from hub import drawing, figures, spectra
+from hub import drawing, figures, overview, spectra
 from hub.results import PublishError, Record, recipe_for
 from tests.support.weight_files import Project, made_up
 from timm_nonlocal import paper
+from timm_nonlocal.recipes import SHORT
 
 EPOCHS = (36, 82, 125, 164)
 
@@ -22,8 +25,9 @@ def top(negative: int, largest_positive: float = 0.3) -> list[float]:
     return sorted(values, key=abs, reverse=True)
 
 
-def made_run(architecture: str, *blocks: list[float], loss: float = 0.1, **more: Any) -> dict:
-    kept = [{'epoch': epoch, 'blocks': [{'eigenvalues': block} for block in blocks]} for epoch in EPOCHS]
+def made_run(architecture: str, *blocks: list[float], loss: float = 0.1, epochs: Sequence[int] = EPOCHS,
+             **more: Any) -> dict:
+    kept = [{'epoch': epoch, 'blocks': [{'eigenvalues': block} for block in blocks]} for epoch in epochs]
     return made_up(architecture, spectra=kept, train_loss=[2.0, 1.0, loss], **more)
 
 
@@ -124,7 +128,8 @@ def test_missing_panels_are_named_and_the_others_drawn(
         *(f'missing: Figure 3 (a): the training curve of {name.format(k)}' for k in (2, 3, 4)),
         f'missing: Figure 3 (b): weights of {name.format(4)}',
         'missing: Figure 4: weights of preresnet20_nl_proposed_k4.cifar10']
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['figure1.png', 'figure2.png', 'figure3.png']
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        'figure1.png', 'figure2.png', 'figure3.png', 'overview.png']
 
 
 def test_pictures_know_their_data(everything: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,11 +141,32 @@ def test_pictures_know_their_data(everything: list[Record], tmp_path: Path, monk
         first = figures.picture(number).read_bytes()
         drawing.figure(figures.picture(number), found, figures.digest(found))
         assert first.startswith(b'\x89PNG') and len(first) > 5000 and figures.picture(number).read_bytes() == first
-    assert figures.stale(drawn) == []
+    shown = overview.collect(everything)
+    drawing.overview(tmp_path / 'overview.png', shown, overview.chance(), overview.digest(shown))
+    assert figures.stale(drawn, everything) == []
     everything[4]['spectra'][-1]['blocks'][0]['eigenvalues'] = top(10)
-    assert figures.stale(figures.collect(everything, [])) == [
-        'figure4.png does not show the present data: run python -m hub.figures']
-    assert len(figures.stale(figures.collect([], []))) == 4, 'pictures of nothing'
+    assert figures.stale(figures.collect(everything, []), everything) == [
+        f'{name}.png does not show the present data: run python -m hub.figures' for name in ('figure4', 'overview')]
+    assert len(figures.stale(figures.collect([], []), [])) == 5, 'pictures of nothing'
+
+
+def test_the_overview_prefers_one_recipe_for_both_kinds(everything: list[Record]) -> None:
+    assert [each.record['architecture'] for each in overview.collect(everything)] == [
+        'preresnet20_nl_original_k4', 'preresnet20_nl_proposed_k4']
+    short = [made_run('preresnet20_nl_original_k1', top(28), recipe=SHORT.to_dict(), epochs=(4, 16))]
+    found = overview.collect(everything[4:] + short)
+    assert [each.recipe for each in found] == ['short', 'paper'], 'no recipe has both'
+    short += [made_run('preresnet20_nl_proposed_k5', *[top(9)] * 5, recipe=SHORT.to_dict(), epochs=(4, 16))]
+    found = overview.collect(everything[4:] + short)
+    assert [each.recipe for each in found] == ['short', 'short'] and len(found[1].blocks) == 5
+    assert overview.collect([]) == []
+    assert all(len(block) == 64 and block == sorted(block, reverse=True) for each in found for block in each.blocks)
+
+
+def test_chance_is_symmetric_and_in_units_of_the_root_mean_square() -> None:
+    mean, low, high = map(torch.tensor, overview.chance())
+    torch.testing.assert_close(mean, -mean.flip(0), atol=0.02, rtol=0)
+    assert 0.97 < mean.square().mean() < 1 and bool((low < mean).all() and (mean < high).all())
 
 
 def test_results_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
