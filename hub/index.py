@@ -88,19 +88,32 @@ def index(root: Path = ROOT, namespace: str | None = None) -> dict[str, dict[str
 
 
 def table(entries: dict[str, dict[str, Any]]) -> str:
-    """Every architecture as a row of Markdown: parameters, multiply-adds, and the test error of each tag's weights."""
-    rows = [['architecture', 'parameters', 'MACs', *(f'error on {data.title}' for data in DATASETS.values())],
-            ['---', *['---:'] * 4]]
-    for name in [*ARCHITECTURES, *timm.list_models(module='resnet_nl')]:
-        model = create(name)
-        row = [f'`{name}`', f'{parameters(model):,}', f'{macs(model) / 1e6:,.1f} M']
-        for dataset in DATASETS:
-            found = [f'{error:.2f} %' + f' ({means.recipe})' * (means.recipe != 'paper') for tag, means in TAGS.items()
-                     if means.dataset == dataset
-                     and (error := entries.get(f'{name}.{tag}', {}).get('test_error')) is not None]
-            row.append(', '.join(found) or ('no weights' if name in ARCHITECTURES else '—'))
-        rows.append(row)
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+    """Markdown: what has weights, a row each, and folded every architecture with its size."""
+    weights = [['weights', 'recipe', 'data', 'test error', 'parameters', 'MACs'], ['---'] * 3 + ['---:'] * 3]
+    for name, entry in entries.items():
+        if 'test_error' in entry:
+            means = TAGS[name.partition('.')[2]]
+            weights.append([f'`{name}`', means.recipe, DATASETS[means.dataset].title, f'{entry["test_error"]:.2f} %',
+                            f'{entry["num_params"]:,}', f'{entry["macs"] / 1e6:,.1f} M'])
+    depths = list(dict.fromkeys(name.partition('_')[0] for name in ARCHITECTURES))
+    sizes = [['nonlocal modules', *(f'{depth}{what}' for depth in depths for what in (', parameters', ', MACs'))],
+             ['---', *['---:'] * (2 * len(depths))]]
+    for rest in dict.fromkeys(name.partition('_')[2] for name in ARCHITECTURES):
+        sizes.append([f'`…_{rest}`' if rest else 'none', *(figure for depth in depths for figure in _size(
+            f'{depth}_{rest}' if rest else depth))])
+    others = [f'`{name}`: {" parameters, ".join(_size(name))} MACs' for name in timm.list_models(module='resnet_nl')]
+    return '\n'.join([*_rows(weights), '', f'<details><summary>All {len(ARCHITECTURES) + len(others)} architectures'
+                      '</summary>', '', *_rows(sizes), '', *others, '', '</details>'])
+
+
+def _size(name: str) -> list[str]:
+    """Parameters and multiply-adds of an architecture."""
+    model = create(name)
+    return [f'{parameters(model):,}', f'{macs(model) / 1e6:,.1f} M']
+
+
+def _rows(table: list[list[str]]) -> list[str]:
+    return [f'| {" | ".join(row)} |' for row in table]
 
 
 def made(root: Path = ROOT, namespace: str | None = None) -> dict[Path, str]:

@@ -27,7 +27,7 @@ def test_any_size(name, size):
 
 @pytest.mark.parametrize('features_only', [False, True])
 def test_imagenet_size(features_only):
-    """224×224 where the affinity costs nothing; with a full one it takes what README.md says."""
+    """224×224 where the affinity costs nothing; with a full one it takes what docs/models.md says."""
     model = timm.create_model('preresnet20_nl_proposed_k2', nl_args={'affinity': 'uniform'},
                               features_only=features_only).eval()
     with torch.no_grad():
@@ -79,9 +79,9 @@ def test_the_options_that_the_message_names_make_no_matrix(little_memory):
             module(x)
 
 
-def test_the_readmes_figures():
+def test_the_documented_figures():
     """A and K of one image in float32, by the side of the image."""
-    text = ' '.join((ROOT / 'README.md').read_text().split())
+    text = ' '.join((ROOT / 'docs' / 'models.md').read_text().split())
     figures = re.findall(r'(\S+ .iB) at (\d+)×\2', text)
     assert len(figures) == 4
     for figure, side in figures:
