@@ -4,6 +4,8 @@ It becomes a submodule named `nl` of the module it follows, and a forward hook t
 network's own changes: a plain checkpoint loads before `insert`, and the new weights are `<module>.nl.…`.
 """
 
+import contextlib
+import copy
 import difflib
 from collections.abc import Iterable
 from typing import Any, Optional
@@ -32,6 +34,11 @@ def _after_channels_last(self, input: tuple[Tensor], output: Tensor) -> Tensor: 
     return self.nl(output.movedim(-1, 1)).movedim(1, -1)
 
 
+def _in_turn(self, input: tuple[Tensor], output: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """Marks a Sequential that has run the nonlocal module as its last."""
+    return output
+
+
 def _first_after_nchw(self, input, output):  # type: ignore[no-untyped-def]
     """As `_after_nchw`, on the first of a tuple or a list."""
     return type(output)((self.nl(output[0]), *output[1:]))
@@ -42,8 +49,9 @@ def _first_after_channels_last(self, input, output):  # type: ignore[no-untyped-
     return type(output)((_after_channels_last(self, input, output[0]), *output[1:]))
 
 
-HOOKS = {(False, False): _after_nchw, (True, False): _after_channels_last,  # by channels_last, first
+AFTER = {(False, False): _after_nchw, (True, False): _after_channels_last,  # by channels_last, first
          (False, True): _first_after_nchw, (True, True): _first_after_channels_last}
+HOOKS = *AFTER.values(), _in_turn
 
 
 def insert(
@@ -105,20 +113,20 @@ def insert(
     layouts = find_layouts(model, targets, example, channels_last)
     modules: dict[nn.Module, tuple[Any, nn.Module]] = {}
     for target, name in targets.items():
-        channels_last, first, dim = layouts[target]
-        if runs_in_turn(target) and channels_last:
+        last, first, dim = layouts[target]
+        if runs_in_turn(target) and last:
             raise ValueError(f'after={name!r}: the norm at its end has its channels at axis 1: leave channels_last out')
-        inner = {} if kwargs.get('inner_dim') is not None else {'inner_dim': max(dim // 2, 1)}
+        inner_dim = kwargs['inner_dim'] if kwargs.get('inner_dim') is not None else max(dim // 2, 1)
         parameter = next(iter([*target.parameters(), *model.parameters()]))
         try:
-            modules[target] = HOOKS[channels_last, first], KINDS[kind](
-                dim, k, device=parameter.device, dtype=parameter.dtype, **{'init': 'zero', **kwargs, **inner})
+            modules[target] = _in_turn if runs_in_turn(target) else AFTER[last, first], KINDS[kind](
+                dim, k, device=parameter.device, dtype=parameter.dtype,
+                **{'init': 'zero', **kwargs, 'inner_dim': inner_dim})
         except ValueError as error:
             raise ValueError(f'after={name!r}: {error}') from error
     for target, (hook, module) in modules.items():
         target.add_module(CHILD, module.train(target.training))
-        if not runs_in_turn(target):
-            target.register_forward_hook(hook, prepend=True)  # whoever else listens there gets its output
+        target.register_forward_hook(hook, prepend=True)  # whoever else listens there gets its output
     return model
 
 
@@ -135,11 +143,11 @@ def remove(model: nn.Module, after: str | Iterable[str] | None = None) -> nn.Mod
         ['0.weight', '0.bias']
     """
     if after is None:
-        targets = [module for module in model.modules() if _holds_ours(module)]
+        targets = [module for module in model.modules() if _hook_ids(module)]
     else:
         targets = [_leaf(model, name) for name in ([after] if isinstance(after, str) else after)]
-    if not targets or not all(map(_holds_ours, targets)):
-        there = ', '.join(name for name, module in model.named_modules() if _holds_ours(module))
+    if not targets or not all(map(_hook_ids, targets)):
+        there = ', '.join(name for name, module in model.named_modules() if _hook_ids(module))
         raise ValueError(f'after={after!r}: nothing was inserted there; nonlocal modules follow {there or "no module"}')
     for target in targets:
         for key in _hook_ids(target):
@@ -149,23 +157,19 @@ def remove(model: nn.Module, after: str | Iterable[str] | None = None) -> nn.Mod
 
 
 def _hook_ids(module: nn.Module) -> list[int]:
-    return [key for key, hook in module._forward_hooks.items() if hook in HOOKS.values()]
-
-
-def _holds_ours(module: nn.Module) -> bool:
-    return bool(_hook_ids(module)) or runs_in_turn(module) and CHILD in module._modules
+    return [key for key, hook in module._forward_hooks.items() if hook in HOOKS]
 
 
 def _refuse_replaced(model: nn.Module, target: nn.Module, name: str) -> None:
     """Refuses a module that others put another in place of: our hook would be lost without a word."""
-    by = 'convert_sync_batchnorm and freeze_batch_norm_2d replace' if isinstance(target, NORMS) else ''
+    by = 'convert_sync_batchnorm and freeze_batch_norm_2d' if isinstance(target, NORMS) else ''
     for key, module in model.named_modules():
-        inside = module is not target and (hasattr(module, 'reparameterize') or hasattr(module, 'switch_to_deploy'))
-        if key and (inside or hasattr(module, 'fuse')) and target in module.modules():
-            by = 'reparameterize_model replaces'
+        if key and hasattr(module, 'fuse') and target in module.modules():
+            with contextlib.suppress(Exception):  # a method of that name that is not timm's
+                by = by if type(copy.deepcopy(module).fuse()) is type(module) else 'reparameterize_model'
     if by:
-        raise ValueError(f'after={name!r}: {by} a {type(target).__name__} there, and the nonlocal module would be '
-                         f'lost; name the block that holds it, or the module that runs before or after')
+        raise ValueError(f'after={name!r}: a {type(target).__name__} that {by} would replace, and drop the nonlocal '
+                         f'module; name the block that holds it, or the module that runs before or after')
 
 
 def _leaf(model: nn.Module, name: str) -> nn.Module:
@@ -178,10 +182,10 @@ def _leaf(model: nn.Module, name: str) -> nn.Module:
         near = difflib.get_close_matches(name, modules, n=5, cutoff=0.4) or [n for n, _ in model.named_children()]
         raise ValueError(f'after={name!r}: no module has that name; nearest are {", ".join(near)}')
     module = modules[name]
-    if type(module).forward is nn.Module.forward or runs_in_turn(module) and not module._modules:
+    if type(module).forward is nn.Module.forward or (runs_in_turn(module) and not module._modules):
         inside = f'name one of them, such as {name}.{[*module._modules][-1]}' if module._modules else 'there is none'
         raise ValueError(f'after={name!r}: a {type(module).__name__} only holds modules; {inside}')
-    while runs_in_turn(module) and CHILD not in module._modules:
+    while runs_in_turn(module) and not _hook_ids(module):
         *_, last = module._modules.values()
         if isinstance(last, NORMS):
             break

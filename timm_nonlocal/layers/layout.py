@@ -226,7 +226,7 @@ def _describe(output: Any) -> str:
     if type(output) not in (tuple, list):
         return type(output).__name__
     shapes = (str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in output)
-    return f'a {type(output).__name__} of {", ".join(shapes)}'
+    return f'a {type(output).__name__} of {", ".join(shapes)}, of which the first is not the only features'
 
 
 def _refuse_without_features(name: str, runs: list[Output]) -> None:
@@ -234,5 +234,4 @@ def _refuse_without_features(name: str, runs: list[Output]) -> None:
         raise ValueError(f'after={name!r}: the module does not run in the forward pass; name the one that holds it')
     for run in runs:
         if isinstance(run.shape, str) or len(run.shape) < 3:
-            raise ValueError(f'after={name!r}: it gives {run.shape}, not (B, C, H, W) or (B, M, C); '
-                             f'name one that does')
+            raise ValueError(f'after={name!r}: it gives {run.shape}, not (B, C, H, W) or (B, M, C); name one that does')
