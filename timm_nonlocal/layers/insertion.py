@@ -88,7 +88,7 @@ def insert(
             that `NonlocalStage` or `NonlocalBlock` refuses. The model is then as it was.
 
     Example:
-        >>> import timm
+        >>> import timm, torch
         >>> model, x = timm.create_model('resnet18').eval(), torch.randn(1, 3, 64, 64)
         >>> before = model(x)
         >>> model = insert(model, after='layer1.1', k=2)
