@@ -10,6 +10,7 @@ from torchvision.models import get_model
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from tests.support.networks import wake
 from timm_nonlocal import NonlocalBlocks, NonlocalStage, insert, remove
 
 
@@ -27,15 +28,6 @@ def features(name):
 
 def tensors(out):
     return list(out.values()) if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else [out]
-
-
-def wake(model):
-    """Gives every nonlocal module a W_Z that is not zero."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if '.nl.' in name and name.endswith('z.weight'):
-                weight.normal_(std=0.05)
-    return model
 
 
 PLACES = [  # maker, name, after, where the keys of the nonlocal module are, C, image size
@@ -236,11 +228,11 @@ def test_places_that_do_not_fit(after, message):
     insert(Odd(), 'dense.a')
 
 
-def test_odd_channels_need_an_inner_dim():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 7, 3), torch.nn.Flatten())
-    with pytest.raises(ValueError, match=r"after='0': dim=7 is odd.*or give inner_dim"):
-        insert(model, '0')
-    insert(model, '0', inner_dim=3)
+@pytest.mark.parametrize(('dim', 'kwargs', 'inner'), [
+    (7, {}, 3), (1, {}, 1), (7, dict(inner_dim=5), 5), (7, dict(inner_dim=None, kind='original'), 3)])
+def test_odd_channels(dim, kwargs, inner):
+    model = insert(torch.nn.Sequential(torch.nn.Conv2d(3, dim, 3), torch.nn.Flatten()), '0', **kwargs)
+    assert next(model[0].nl.parameters()).shape == (inner, dim)
 
 
 def test_a_model_without_a_convolution_needs_an_example():

@@ -40,3 +40,12 @@ def package_with_weights(folder: Path, *names: str, index: dict | None = None) -
     if index is not None:
         (weights / 'index.json').write_text(json.dumps(index))
     return states
+
+
+def wake(model: nn.Module) -> nn.Module:
+    """Gives every nonlocal module a W_Z that is not zero."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if '.nl.' in name and name.endswith('z.weight'):
+                weight.normal_(std=0.05)
+    return model

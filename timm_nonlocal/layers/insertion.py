@@ -4,20 +4,23 @@ It becomes a submodule named `nl` of the module it follows, and a forward hook t
 network's own changes: a plain checkpoint loads before `insert`, and the new weights are `<module>.nl.…`.
 """
 
+import contextlib
+import copy
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Optional
 
-import torch
-from timm.models.regnet import RegStage
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .blocks import KINDS
+from .layout import CHILD, find_layouts, runs_in_turn
 
 __all__ = ['insert', 'remove']
 
-CHILD = 'nl'
-IN_TURN = nn.Sequential.forward, RegStage.forward  # they run all children, each on the output of the one before
+NORMS = _BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d  # others put another in place of them
 
 
 # TorchScript wants these names, and no type of self
@@ -31,7 +34,24 @@ def _after_channels_last(self, input: tuple[Tensor], output: Tensor) -> Tensor: 
     return self.nl(output.movedim(-1, 1)).movedim(1, -1)
 
 
-HOOKS = (_after_nchw, _after_channels_last)
+def _in_turn(self, input: tuple[Tensor], output: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """Marks a Sequential that has run the nonlocal module as its last."""
+    return output
+
+
+def _first_after_nchw(self, input, output):  # type: ignore[no-untyped-def]
+    """As `_after_nchw`, on the first of a tuple or a list."""
+    return type(output)((self.nl(output[0]), *output[1:]))
+
+
+def _first_after_channels_last(self, input, output):  # type: ignore[no-untyped-def]
+    """As `_after_channels_last`, on the first of a tuple or a list."""
+    return type(output)((_after_channels_last(self, input, output[0]), *output[1:]))
+
+
+AFTER = {(False, False): _after_nchw, (True, False): _after_channels_last,  # by channels_last, first
+         (False, True): _first_after_nchw, (True, True): _first_after_channels_last}
+HOOKS = *AFTER.values(), _in_turn
 
 
 def insert(
@@ -41,30 +61,34 @@ def insert(
         k: int = 1,
         *,
         example: Any = None,
+        channels_last: Optional[bool] = None,
         **kwargs: Any,
 ) -> nn.Module:
     """Puts a nonlocal module after one module or several, each with weights of its own, and gives back the same model.
 
     W_Z starts as zero, so that each starts as the identity and a pretrained network keeps its predictions. The
-    model runs once, without gradients, to see the shapes: (B, C, *grid), NHWC as timm's and torchvision's Swin have
-    it, and tokens (B, M, C) are known apart. Insert before `torch.compile`, DDP, and building the optimizer.
+    model runs a few times, without gradients, on inputs of several sizes, to see which axis holds the channels: that
+    of (B, C, *grid), (B, *grid, C) as timm's and torchvision's Swin have it, or tokens (B, M, C), alone or as the
+    first of a tuple or a list that goes on unchanged. Insert before `torch.compile`, DDP, and building the optimizer.
 
     Args:
-        model: any network whose modules of those names give one tensor each; changed in place. What follows a module
-            that runs several times, such as a head on every level of a feature pyramid, runs every time.
+        model: any network; changed in place. What follows a module that runs several times, such as a head on every
+            level of a feature pyramid, runs every time.
         after: module names as in `model.named_modules()`; an `nn.Sequential`, or a stage of timm's RegNets, stands for
-            the last one in it.
+            the last one in it, or runs the nonlocal module itself if that is a batch norm, which others replace.
         kind: 'proposed' (eq. (8)) or 'original' (eq. (1)).
         k: the number of sub-blocks or blocks at each place.
         example: what to call the model with; None makes one image of the size in its timm config, else of 224×224.
-        kwargs: further arguments of `NonlocalStage` or `NonlocalBlock`; init='zero' unless given.
+        channels_last: whether the channels are the last axis there; asked for where nothing else tells.
+        kwargs: further arguments of `NonlocalStage` or `NonlocalBlock`; init='zero' unless given, and inner_dim = C/2,
+            rounded down, though those two refuse an odd C.
 
     Raises:
-        ValueError: an unknown name or kind, a place that does not fit, or arguments that `NonlocalStage` or
-            `NonlocalBlock` refuses. The model is then as it was.
+        ValueError: an unknown name or kind, a place that does not fit or whose channels cannot be told, or arguments
+            that `NonlocalStage` or `NonlocalBlock` refuses. The model is then as it was.
 
     Example:
-        >>> import timm
+        >>> import timm, torch
         >>> model, x = timm.create_model('resnet18').eval(), torch.randn(1, 3, 64, 64)
         >>> before = model(x)
         >>> model = insert(model, after='layer1.1', k=2)
@@ -85,14 +109,19 @@ def insert(
         if hasattr(target, CHILD):
             raise ValueError(f'after={name!r}: there is a nonlocal module already; '
                              f'take it out with remove(model, {name!r}) first')
-    shapes = _output_shapes(model, targets, example)
+        _refuse_replaced(model, target, name)
+    layouts = find_layouts(model, targets, example, channels_last)
     modules: dict[nn.Module, tuple[Any, nn.Module]] = {}
     for target, name in targets.items():
-        hook, dim = _layout(name, shapes[target], getattr(model, 'output_fmt', ''))
+        last, first, dim = layouts[target]
+        if runs_in_turn(target) and last:
+            raise ValueError(f'after={name!r}: the norm at its end has its channels at axis 1: leave channels_last out')
+        inner_dim = kwargs['inner_dim'] if kwargs.get('inner_dim') is not None else max(dim // 2, 1)
         parameter = next(iter([*target.parameters(), *model.parameters()]))
         try:
-            modules[target] = hook, KINDS[kind](
-                dim, k, device=parameter.device, dtype=parameter.dtype, **{'init': 'zero', **kwargs})
+            modules[target] = _in_turn if runs_in_turn(target) else AFTER[last, first], KINDS[kind](
+                dim, k, device=parameter.device, dtype=parameter.dtype,
+                **{'init': 'zero', **kwargs, 'inner_dim': inner_dim})
         except ValueError as error:
             raise ValueError(f'after={name!r}: {error}') from error
     for target, (hook, module) in modules.items():
@@ -131,79 +160,34 @@ def _hook_ids(module: nn.Module) -> list[int]:
     return [key for key, hook in module._forward_hooks.items() if hook in HOOKS]
 
 
+def _refuse_replaced(model: nn.Module, target: nn.Module, name: str) -> None:
+    """Refuses a module that others put another in place of: our hook would be lost without a word."""
+    by = 'convert_sync_batchnorm and freeze_batch_norm_2d' if isinstance(target, NORMS) else ''
+    for key, module in model.named_modules():
+        if key and hasattr(module, 'fuse') and target in module.modules():
+            with contextlib.suppress(Exception):  # a method of that name that is not timm's
+                by = by if type(copy.deepcopy(module).fuse()) is type(module) else 'reparameterize_model'
+    if by:
+        raise ValueError(f'after={name!r}: a {type(target).__name__} that {by} would replace, and drop the nonlocal '
+                         f'module; name the block that holds it, or the module that runs before or after')
+
+
 def _leaf(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name, or the last one inside where it runs its children in turn. Raises ValueError if none."""
+    """The module of that name, or the last one inside where it runs its children in turn. Raises ValueError if none.
+
+    One that ends in a norm stays, and runs the nonlocal module after it.
+    """
     modules = {key: module for key, module in model.named_modules(remove_duplicate=False) if key}
     if name not in modules:
         near = difflib.get_close_matches(name, modules, n=5, cutoff=0.4) or [n for n, _ in model.named_children()]
         raise ValueError(f'after={name!r}: no module has that name; nearest are {", ".join(near)}')
     module = modules[name]
-    while type(module).forward in IN_TURN and module._modules:
-        *_, module = module._modules.values()
+    if type(module).forward is nn.Module.forward or (runs_in_turn(module) and not module._modules):
+        inside = f'name one of them, such as {name}.{[*module._modules][-1]}' if module._modules else 'there is none'
+        raise ValueError(f'after={name!r}: a {type(module).__name__} only holds modules; {inside}')
+    while runs_in_turn(module) and not _hook_ids(module):
+        *_, last = module._modules.values()
+        if isinstance(last, NORMS):
+            break
+        module = last
     return module
-
-
-@torch.no_grad()
-def _output_shapes(model: nn.Module, targets: dict[nn.Module, str], example: Any) -> dict[nn.Module, list[Any]]:
-    """The shapes that each target gives in one call of the model in eval mode, which is left as it was.
-
-    Raises:
-        ValueError: the model does not take the example, or a target runs all its children, and so would run ours.
-    """
-    if example is None:
-        example = _example(model)
-    shapes: dict[nn.Module, list[Any]] = {target: [] for target in targets}
-    handles = [target.register_forward_hook(lambda module, args, output: shapes[module].append(
-        tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__)) for target in targets]
-    modes = {module: module.training for module in model.modules()}
-    ran = set()
-    for target in targets:
-        target.add_module(CHILD, probe := nn.Identity())
-        probe.register_forward_hook(lambda *_, target=target: ran.add(target))
-    try:
-        model.eval()
-        model(example)
-    except Exception as error:
-        if not ran and not all(shapes.values()):
-            shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(f'the model does not take {shape}: give what it takes as example=… ({reason})') from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for target in targets:
-            delattr(target, CHILD)
-        for module, training in modes.items():
-            module.training = training
-    for target in ran:
-        raise ValueError(f'after={targets[target]!r}: a {type(target).__name__} runs its children itself; '
-                         f'name one of them, or the module that follows')
-    return shapes
-
-
-def _example(model: nn.Module) -> Tensor:
-    """One black image for the model: its timm config's size, else 224×224, in the channels of its first convolution."""
-    conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if conv is None:
-        raise ValueError('the model has no 2-D convolution to tell its input by: give what it takes as example=…')
-    size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, 224, 224))[-2:]
-    return conv.weight.new_zeros(1, conv.in_channels, *size)
-
-
-def _layout(name: str, shapes: list[Any], output_fmt: str) -> tuple[Any, int]:
-    """The hook that fits these outputs, and C. Raises ValueError where none does."""
-    if not shapes:
-        raise ValueError(f'after={name!r}: the module does not run in the forward pass; name the one that holds it')
-    found = set()
-    for shape in shapes:
-        if isinstance(shape, str) or len(shape) < 3:
-            raise ValueError(f'after={name!r}: it gives {shape}, not (B, C, H, W) or (B, M, C); name one that does')
-        last = len(shape) == 3
-        if len(shape) == 4:  # a square map tells its channels by its shape
-            square = (shape[1] == shape[2]) != (shape[2] == shape[3])
-            last = shape[1] == shape[2] if square else output_fmt == 'NHWC'
-        found.add((_after_channels_last, shape[-1]) if last else (_after_nchw, shape[1]))
-    if len(found) > 1:
-        raise ValueError(f'after={name!r}: it runs {len(shapes)} times, on {sorted(dim for _, dim in found)} channels; '
-                         f'name a module that runs once')
-    return found.pop()

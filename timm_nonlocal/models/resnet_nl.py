@@ -19,7 +19,8 @@ def _resnet50_nl(nl_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Mod
     model = timm.create_model('resnet50', **kwargs)
     weight = model.get_parameter('conv1.weight')
     example = weight.new_zeros(1, weight.shape[1], 32, 32)
-    return insert(model, 'layer3.4', **{'kind': 'proposed', 'k': 5, **(nl_args or {})}, example=example)
+    return insert(model, 'layer3.4', **{'kind': 'proposed', 'k': 5, **(nl_args or {})}, example=example,
+                  channels_last=False)
 
 
 def _keep_nonlocal(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
