@@ -1,0 +1,33 @@
+"""Names of tensors without the segments that wrappers of a network leave in them."""
+
+from collections.abc import Iterable
+
+__all__ = ['unwrapped']
+
+ANYWHERE = {  # DistributedDataParallel and AveragedModel, torch.compile, FSDP, activation checkpointing
+    'module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'}
+IN_FRONT = {'model', 'base_model'}  # Lightning, PEFT; further down such a name is the network's own
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Every name with the same name less its wrappers, which are whole segments: of as many kinds as keep names apart.
+
+    Example:
+        >>> unwrapped(['module.nl_module.g._orig_mod.weight', 'module.model.fc.bias'])
+        {'module.nl_module.g._orig_mod.weight': 'nl_module.g.weight', 'module.model.fc.bias': 'fc.bias'}
+    """
+    names = list(names)
+    for front in (IN_FRONT, set[str]()):
+        clean = {name: _cut(name, front) for name in names}
+        if len(set(clean.values())) == len(clean):
+            return clean
+    return {name: name for name in names}
+
+
+def _cut(name: str, front: set[str]) -> str:
+    *modules, tensor = name.split('.')
+    kept: list[str] = []
+    for module in modules:
+        if module not in ANYWHERE and (kept or module not in front):
+            kept.append(module)
+    return '.'.join([*kept, tensor])
