@@ -82,6 +82,11 @@ class Source:
         return (f'{self.repo.id} @ {(self.repo.commit or self.repo.revision or "main")[:8]}  {self.file}  '
                 f'{self.tensors.mode}: {_bytes(self.tensors.bytes_read)}{total}')
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors, those of shards without a block too. Raises CheckpointError."""
+        return self.tensors.read(self.tensors.weight_map if isinstance(self.tensors, ShardedFile)
+                                 else self.tensors.shapes)
+
 
 class InMemory:
     """A state dict that is there already."""
