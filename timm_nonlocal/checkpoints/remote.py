@@ -33,7 +33,7 @@ from .tensorfile import CheckpointError, HubError, LocalFile, RangedFile, Sharde
 
 __all__ = ['Repo']
 
-FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin')
+FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
 MAX_INDEX = 25_000_000  # bytes
 
 
@@ -114,16 +114,21 @@ class Repo:
             for name in [filename] if filename else FILES:
                 try:
                     if name.endswith('.index.json'):
-                        index = self._text(name)
-                        return ShardedFile(f'{self.id}/{name}', index, needs, self._safetensors), name
-                    if name.endswith('.safetensors'):
-                        return self._safetensors(name), name
-                    return self._pickle(name, load_pickle), name
+                        folder, index = name.rpartition('/')[0], self._text(name)
+
+                        def shard(file: str, folder: str = folder) -> TensorFile:
+                            return self._weights(f'{folder}/{file}' if folder else file, load_pickle)
+
+                        return ShardedFile(f'{self.id}/{name}', index, needs, shard), name
+                    return self._weights(name, load_pickle), name
                 except EntryNotFoundError as error:
                     last = error
             if isinstance(last, LocalEntryNotFoundError):
                 raise HubError(f'{self.id} is not in the cache, and this is offline')
             raise CheckpointError(f'{self.id} has no {filename or " or ".join(FILES)}; name a file with --file')
+
+    def _weights(self, name: str, load_pickle: Callable[[Path, str], TensorFile]) -> TensorFile:
+        return self._safetensors(name) if name.endswith('.safetensors') else self._pickle(name, load_pickle)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -37,7 +37,7 @@ def examine(target: str, args: argparse.Namespace) -> Result:
     blocks = [block for block in found.blocks
               if (args.stage is None or fnmatch.fnmatchcase(block.stage, args.stage))
               and args.block in (None, block.index)]
-    result = Result(target, source, warnings=found.warnings)
+    result = Result(target, source, warnings=[*source.notes, *found.warnings])
     if not blocks:
         result.code, result.error = 4, _nothing(source, len(found.blocks))
         return result
