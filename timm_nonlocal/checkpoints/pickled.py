@@ -1,4 +1,4 @@
-"""Pickled checkpoints: which of the dicts in one is the state dict, and nothing ever built but tensors and plain values.
+"""Pickled checkpoints: which of the dicts in one is the state dict. Nothing is built but tensors and plain values.
 
 Of several the one is taken that has a nonlocal block, then averaged weights before others, then by the names in GROUPS.
 """

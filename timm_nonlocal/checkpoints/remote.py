@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
@@ -114,12 +115,8 @@ class Repo:
             for name in [filename] if filename else FILES:
                 try:
                     if name.endswith('.index.json'):
-                        folder, index = name.rpartition('/')[0], self._text(name)
-
-                        def shard(file: str, folder: str = folder) -> TensorFile:
-                            return self._weights(f'{folder}/{file}' if folder else file, load_pickle)
-
-                        return ShardedFile(f'{self.id}/{name}', index, needs, shard), name
+                        return ShardedFile(f'{self.id}/{name}', self._text(name), needs,
+                                           partial(self._shard, load_pickle, PurePosixPath(name))), name
                     return self._weights(name, load_pickle), name
                 except EntryNotFoundError as error:
                     last = error
@@ -129,6 +126,15 @@ class Repo:
 
     def _weights(self, name: str, load_pickle: Callable[[Path, str], TensorFile]) -> TensorFile:
         return self._safetensors(name) if name.endswith('.safetensors') else self._pickle(name, load_pickle)
+
+    def _shard(self, load_pickle: Callable[[Path, str], TensorFile], index: PurePosixPath, name: str) -> TensorFile:
+        with self._errors():
+            try:
+                return self._weights(str(index.parent / name), load_pickle)
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError as error:
+                raise CheckpointError(f'{self.id} has no {name} beside {index}, which names it') from error
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
