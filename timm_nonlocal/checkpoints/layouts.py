@@ -14,7 +14,7 @@ prefix. The known namings:
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,7 @@ def find(shapes: Mapping[str, Shape | None], key_map: dict[str, re.Pattern] | No
     clean = unwrapped(shapes)
     names = {name: original for original, name in clean.items()}
     view = {name: shapes[original] for name, original in names.items()}
-    layers = _layers(view)
+    layers = _layers(view, lambda layer: layer.rpartition('.')[2] in _ROLES)
     seen = set()
     for block in [*(_mapped(view, names, key_map) if key_map else ()), *_known(view, layers)]:
         if block.w_g in seen:
@@ -105,12 +105,12 @@ def find(shapes: Mapping[str, Shape | None], key_map: dict[str, re.Pattern] | No
 
 def near(shapes: Mapping[str, Shape], most: int = 3) -> list[tuple[str, str]]:
     """Pairs of weights under one prefix whose shapes are each other's transpose: what a `key_map` might name."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, Shape], list[str]] = {}
     for name, shape in shapes.items():
         if len(shape) >= 2 and set(shape[2:]) <= {1} and shape[0] != shape[1] and name.count('.'):
-            groups.setdefault(name.rsplit('.', 2)[0] if name.count('.') > 1 else '', []).append(name)
-    pairs = [(g, z) for names in groups.values() for g in names for z in names
-             if shapes[g][0] < shapes[g][1] and shapes[g][:2] == shapes[z][1::-1]]
+            groups.setdefault((name.rsplit('.', 2)[0] if name.count('.') > 1 else '', shape[:2]), []).append(name)
+    pairs = [(g, z) for (prefix, shape), names in groups.items() if shape[0] < shape[1]
+             for g in names for z in groups.get((prefix, shape[::-1]), ())[:most]]
     return sorted(pairs, key=lambda pair: not _HINT.search(pair[0]))[:most]
 
 
@@ -142,14 +142,13 @@ def _join(*parts: str) -> str:
     return '.'.join(part for part in parts if part)
 
 
-def _layers(view: Iterable[str]) -> dict[str, Stored]:
-    """The layers that any layout names, and how their weights are stored."""
+def _layers(view: Iterable[str], wanted: Callable[[str], bool]) -> dict[str, Stored]:
+    """The layers that are wanted by name, and how their weights are stored."""
     below: dict[str, list[str]] = {}
     for name in view:
-        parts = name.split('.')
-        for end, part in enumerate(parts[:-1], 1):
-            if part in _ROLES:
-                below.setdefault('.'.join(parts[:end]), []).append('.'.join(parts[end:]))
+        for dot in (place for place, letter in enumerate(name) if letter == '.'):
+            if wanted(layer := name[:dot]):
+                below.setdefault(layer, []).append(name[dot + 1:])
     return {layer: weight for layer, rests in below.items() if (weight := Stored.of(layer, rests)).names}
 
 
@@ -203,19 +202,18 @@ def _mapped(view: Mapping[str, Shape | None], names: Mapping[str, str],
         for name in view:
             if match := pattern.search(name) or pattern.search(names[name]):
                 rests[role].setdefault(match.string[:match.start()] + match.string[match.end():], name)
+    layers = _layers(view, {_TENSOR.sub('', name) for role in 'gz' for name in rests[role].values()}.__contains__)
+
+    def stored(name: str) -> Stored:
+        layer = _TENSOR.sub('', name)
+        return Stored(name, (name,)) if layer == name else layers[layer]
+
     for rest, g in rests['g'].items():
         if z := rests['z'].get(rest):
             norm = rests['bn'].get(rest)
             yield Block(stage=rest, index=0, name=rest, naming='key-map', formulation='original', symmetric=None,
-                        g=_around(g, view), z=_around(z, view), norm=norm and norm.removesuffix('.weight'),
+                        g=stored(g), z=stored(z), norm=norm and norm.removesuffix('.weight'),
                         scale=rests['scale'].get(rest))
-
-
-def _around(name: str, view: Mapping[str, Shape | None]) -> Stored:
-    """How the weight is stored to which a tensor belongs: itself, where it is no layer's."""
-    layer = _TENSOR.sub('', name)
-    return Stored.of(layer, (other[len(layer) + 1:] for other in view if other.startswith(f'{layer}.'))) if (
-        layer != name) else Stored(name, (name,))
 
 
 def _strange(block: Block) -> list[Stored]:
