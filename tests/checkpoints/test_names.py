@@ -57,6 +57,33 @@ def test_wrapped_networks(wrapper, tmp_path):
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def fully_sharded(model):
+    mesh = torch.distributed.init_device_mesh('cpu', (1,))
+    for part in (*model.layer1.nl.sub_blocks, model):
+        torch.distributed.fsdp.fully_shard(part, mesh=mesh)
+    return model
+
+
+@pytest.mark.parametrize('wrap', [nn.parallel.DistributedDataParallel, fully_sharded])
+def test_networks_of_several_processes(wrap, process_group):
+    model = timm.create_model(NAME)
+    expected = spectrum(model)
+    assert [record.eigenvalues for record in spectrum(wrap(model))] == [record.eigenvalues for record in expected]
+
+
+def test_a_part_of_a_network_is_no_network():
+    state = {name: tensor.flatten()[:5] for name, tensor in NonlocalStage(8, 1).state_dict().items()}
+    with pytest.warns(UserWarning, match='no matrices, as where each process holds a part'):
+        assert spectrum(state) == []
+
+
 @pytest.mark.parametrize('prefix', ['module.nl_module', 'module.attn_module', 'model.model_module', 'net.module_',
                                     '_orig_mod.features.module.nl', 'module.non_orig_mod.nl',
                                     'encoder._fsdp_wrapped_module.nl._checkpoint_wrapped_module'])

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from timm_nonlocal import NonlocalBlock, NonlocalStage, spectrum
 from timm_nonlocal.checkpoints.layouts import find
+from timm_nonlocal.checkpoints.stored import own_weight
 
 
 class Double(nn.Module):
@@ -24,6 +25,21 @@ class Masked(Double):
 
     def forward(self, weight):
         return weight * self.mask
+
+
+class Bar(nn.Module):
+    """Spectral normalisation as it was written before torch had one."""
+
+    def __init__(self, module):
+        super().__init__()
+        u, s, v = torch.linalg.svd(module.weight.detach())
+        module.weight_bar, module.weight_u, module.weight_v = (
+            nn.Parameter(tensor) for tensor in (module.weight.detach(), u[:, 0], v[0]))
+        del module.weight
+        self.module, self.largest = module, s[0]
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.module.weight_bar / self.largest, self.module.bias)
 
 
 class Around(nn.Module):
@@ -69,6 +85,7 @@ KNOWN = {
     'parametrised weight_norm of the whole': lambda layer: parametrizations.weight_norm(layer, dim=None),
     'spectral_norm': nn.utils.spectral_norm,
     'parametrised spectral_norm': parametrizations.spectral_norm,
+    'spectral normalisation by hand': Bar,
     'compiled': lambda layer: torch.compile(layer, backend='eager'),
 }
 UNKNOWN = {  # to which there is more than the tensors, and the tensor to be named
@@ -126,6 +143,13 @@ def test_others_are_asked_of_the_module_and_refused_in_a_file(name, roles):
     assert spectrum(stage)[1].trace == pytest.approx(true_trace(block), rel=0.01 if name == 'quantised' else 1e-5)
     with pytest.warns(UserWarning, match=rf'sub_blocks\.1\.{roles[-1]}\.{strange}.* the block is left out'):
         assert [record.index for record in spectrum(stage.state_dict())] == [0]
+
+
+@pytest.mark.parametrize('dims', [1, 2, 3])
+def test_a_convolution_that_is_asked(dims):
+    conv = getattr(nn, f'Conv{dims}d')(8, 4, 1)
+    torch.testing.assert_close(own_weight(nn.Sequential(Around(conv)), '0'), conv.weight.detach().flatten(1))
+    assert own_weight(nn.Sequential(nn.Tanh()), '0') is own_weight(nn.Sequential(), 'gone') is None
 
 
 def test_a_module_is_left_as_it_is():

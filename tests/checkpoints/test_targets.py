@@ -18,6 +18,7 @@ from timm_nonlocal import spectrum
 from timm_nonlocal.checkpoints.layouts import find
 from timm_nonlocal.checkpoints.targets import CheckpointError, Options, Source, load_pickle, near_names, open_target
 from timm_nonlocal.checkpoints.tensorfile import HubError, RangedFile, UnsafePickleError
+from timm_nonlocal.inspect import command
 
 NAME = 'preresnet20_nl_proposed_k2'
 
@@ -238,6 +239,16 @@ def test_the_dict_that_holds_tensors(model, tmp_path, name):
     source = open_target(str(tmp_path / 'last.ckpt'))
     assert same_numbers(source, model) and source.state_dict().keys() >= model.state_dict().keys()
     assert [note.partition(', of ')[0] for note in source.notes] == ([f'last.ckpt: read {way}'] if way else [])
+
+
+def test_which_was_read_is_in_the_report(model, tmp_path, capsys):
+    state = model.state_dict()
+    torch.save({'state_dict': state, 'state_dict_ema': {**state}}, tmp_path / 'last.pth')
+    assert command.main([str(tmp_path / 'last.pth'), '--json']) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)['targets'][0]['warnings'] == [
+        'last.pth: read state_dict_ema, of state_dict, state_dict_ema, which all hold tensors']
+    assert err.startswith('note: last.pth: read state_dict_ema')
 
 
 @pytest.mark.parametrize('zipped', [True, False])

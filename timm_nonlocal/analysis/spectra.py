@@ -224,7 +224,9 @@ def block_weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_E
             raise ValueError(f'{name} is {str(tensors[name].dtype).removeprefix("torch.")}, not floating point')
 
     def wide(name: str) -> Tensor:
-        return tensors[name].detach().cpu().double()
+        tensor = tensors[name].detach()
+        whole: Any = getattr(tensor, 'full_tensor', None)  # of a DTensor, whose import takes a second
+        return (whole() if whole else tensor).cpu().double()
 
     if block.base:
         w_g, w_z = stable_weights(wide(block.w_g), wide(block.base), wide(block.w_z))
@@ -260,6 +262,9 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
              eps: float | None = None, key_map: str | None = None) -> list[Spectrum]:
     """The spectrum of every nonlocal block of a model or a state dict, on whatever device, at any time of training.
 
+    Weights are those that the module computes with, whatever they are made of, and however the network is wrapped. What
+    is left out is said in a warning.
+
     Args:
         model_or_state_dict: any module or state dict with blocks that `timm_nonlocal.checkpoints.layouts` knows.
         top: how many eigenvalues to count signs among; None for all.
@@ -280,14 +285,14 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
         >>> [(record.index, record.formulation, record.n_neg, record.n_pos) for record in records]  # C' of each sign
         [(0, 'proposed', 32, 32), (1, 'proposed', 32, 32)]
     """
-    own, norms = model_or_state_dict, {}
-    if isinstance(own, nn.Module):
-        norms = {name: module.eps for name, module in own.named_modules() if hasattr(module, 'eps')}
-        model_or_state_dict = own.state_dict()
-    tensors = {name: tensor for name, tensor in model_or_state_dict.items() if isinstance(tensor, Tensor)}
+    model = model_or_state_dict if isinstance(model_or_state_dict, nn.Module) else None
+    state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
+    norms = {name: module.eps for name, module in model.named_modules() if hasattr(module, 'eps')
+             } if model is not None else {}
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
     patterns = parse_key_map(key_map) if key_map else None
     found = _found(tensors, patterns)
-    if isinstance(own, nn.Module) and (asked := _asked(own, found)):
+    if model is not None and (asked := _asked(model, found)):
         for layer, weight in asked.items():
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f'{layer}.')}
             tensors[f'{layer}.weight'] = weight
@@ -305,6 +310,6 @@ def _found(tensors: Mapping[str, Tensor], key_map: dict[str, re.Pattern] | None)
 def _asked(model: nn.Module, found: Found) -> dict[str, Tensor]:
     """Weights of layers whose tensors do not tell them, or only half: of two parametrisations one may hold nothing."""
     stacked = (name for name, module in model.named_modules()
-               if is_parametrized(module, 'weight') and len(module.parametrizations.weight) > 1)  # type: ignore
+               if is_parametrized(module, 'weight') and len(module.parametrizations.weight) > 1)
     weights = {name: own_weight(model, name) for name in (*found.unread, *stacked)}
     return {name: weight for name, weight in weights.items() if weight is not None}

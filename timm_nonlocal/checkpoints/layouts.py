@@ -27,7 +27,7 @@ __all__ = ['Block', 'Found', 'Shape', 'find', 'natural', 'near', 'parse_key_map'
 MAX_CHANNELS = 16384  # a file that claims more is not read into memory
 
 _SUB_BLOCK = re.compile(r'(?:(?P<stage>.*)\.)?sub_blocks\.(?P<index>\d+)')
-_TENSOR = re.compile(r'\.(?:parametrizations\.weight\.original1?|weight(?:_orig|_v)?)$')  # of a layer's weight
+_TENSOR = re.compile(r'\.(?:parametrizations\.weight\.original1?|weight(?:_orig|_bar|_v)?)$')  # of a layer's weight
 _HINT = re.compile(r'non_?local|att|theta|value|\b(?:nl|g|v)\b', re.IGNORECASE)
 
 
@@ -237,7 +237,8 @@ def _misfit(block: Block, view: Mapping[str, Shape | None]) -> str | None:
         return ''
     pair = f'{block.w_g} {g} and {block.w_z} {z}'
     if len(g) < 2 or len(z) < 2 or 0 in g:
-        return None
+        return None if block.naming != 'timm_nonlocal' or block.formulation == 'unknown' else (
+            f'{pair}: no matrices, as where each process holds a part: left out; gather the state dict first')
     if {*g[2:], *z[2:]} - {1}:
         return f'{pair}: not 1×1 kernels, so that the block has no single W = W_Z W_g: left out'
     if max(*g[:2], *z[:2]) > MAX_CHANNELS:

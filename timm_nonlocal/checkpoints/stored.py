@@ -45,6 +45,7 @@ FORMS: dict[tuple[str, ...], Callable[..., Tensor]] = {  # the first tensor has 
     ('weight_orig', 'weight_mask'): torch.mul,  # torch's prune
     ('weight_orig', 'weight_u'): _normalised,
     ('weight_orig', 'weight_u', 'weight_v'): _normalised,  # its spectral_norm, old and new
+    ('weight_bar', 'weight_u', 'weight_v'): _normalised,  # before torch had one
     (f'{_P}.original', f'{_P}.0._u', f'{_P}.0._v'): _normalised,
     ('weight_v', 'weight_g'): _directed,  # its weight_norm, old and new
     (f'{_P}.original1', f'{_P}.original0'): _directed,
@@ -110,7 +111,7 @@ def own_weight(model: nn.Module, name: str) -> Tensor | None:
         kernels = (part.kernel_size for part in layer.modules() if isinstance(part, nn.modules.conv._ConvNd))
         like = next((tensor for tensor in layer.parameters() if tensor.is_floating_point()), torch.empty(0))
         x = torch.eye(channels + 1, channels, device=like.device, dtype=like.dtype)  # the last row is zero
-        y = layer(x[(..., *(None,) * len(next(kernels, ())))]).flatten(1)
+        y = layer(x.reshape(*x.shape, *(1,) * len(next(kernels, ())))).flatten(1)
         return (y[:-1] - y[-1]).T
     except Exception:  # whatever a stranger's layer does
         return None
