@@ -222,7 +222,8 @@ def test_shards_are_opened_only_where_a_block_is(hub, tmp_path):
     assert source.tensors.bytes_read == hub.sent
 
 
-@pytest.mark.parametrize('target', ['user/repo', 'https://huggingface.co/user/repo/blob/main/sub/fol/{}'])
+@pytest.mark.parametrize('target', ['user/repo', 'https://huggingface.co/user/repo/blob/main/sub/fol/{}',
+                                    'https://huggingface.co/user/repo/tree/main/sub/fol'])
 @pytest.mark.parametrize('index', ['model.safetensors.index.json', 'pytorch_model.bin.index.json'])
 def test_shards_beside_an_index_in_a_subfolder(hub, tmp_path, index, target):
     model = timm.create_model('preresnet20_nl_proposed_k2')
@@ -239,6 +240,15 @@ def test_pickled_shards_are_found_and_fetched_only_when_allowed(hub, tmp_path):
     with pytest.raises(UnsafePickleError, match='--allow-pickle'):
         read()
     assert read(allow_pickle=True)[1] == spectrum(model)
+
+
+def test_a_branch_with_a_slash_is_found_in_the_cache(hub, weights):
+    for commit in weights:
+        save_file(timm.create_model('preresnet20_nl_proposed_k1').state_dict(), weights[commit][NAME])
+    hub.refs = {'refs/pr/1': COMMITS[1]}
+    _, records = read('user/repo@refs/pr/1', remote='download')
+    source, again = read('user/repo@refs/pr/1', offline=True)
+    assert (source.tensors.mode, source.repo.commit, again) == ('cache', COMMITS[1], records)
 
 
 def test_a_shard_that_is_missing(hub, tmp_path):

@@ -100,19 +100,21 @@ class Repo:
         self.endpoint = self.endpoint or os.environ.get('HF_ENDPOINT')
 
     def open(self, filename: str | None, needs: Callable[[list[str]], Any],
-             load_pickle: Callable[[Path, str], TensorFile]) -> tuple[TensorFile, str]:
+             load_pickle: Callable[[Path, str], TensorFile], folder: str = '') -> tuple[TensorFile, str]:
         """The repository's weights and the name of their file.
 
         Args:
             filename: None tries the usual names.
             needs: as of `ShardedFile`.
             load_pickle: opens a downloaded pickle.
+            folder: inside the repository, where the file is.
 
         Raises:
             CheckpointError, HubError, UnsafePickleError: with what would work.
         """
+        names = [str(PurePosixPath(folder) / name) for name in ([filename] if filename else FILES)]
         with self._errors():
-            for name in [filename] if filename else FILES:
+            for name in names:
                 try:
                     if name.endswith('.index.json'):
                         return ShardedFile(f'{self.id}/{name}', self._text(name), needs,
@@ -122,7 +124,7 @@ class Repo:
                     last = error
             if isinstance(last, LocalEntryNotFoundError):
                 raise HubError(f'{self.id} is not in the cache, and this is offline')
-            raise CheckpointError(f'{self.id} has no {filename or " or ".join(FILES)}; name a file with --file')
+            raise CheckpointError(f'{self.id} has no {" or ".join(names)}; name a file with --file')
 
     def _weights(self, name: str, load_pickle: Callable[[Path, str], TensorFile]) -> TensorFile:
         return self._safetensors(name) if name.endswith('.safetensors') else self._pickle(name, load_pickle)

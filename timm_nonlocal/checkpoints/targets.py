@@ -102,8 +102,8 @@ def open_target(target: str, options: Options | None = None) -> Source:
     """Finds a target and reads the names and shapes of its tensors.
 
     Args:
-        target: in this order: `hf-hub:`, `hf_hub:`, `hf://` or the Hub's https address of a repository; `local-dir:`
-            and a folder; a file; a folder; `user/repo[@rev]` on the Hub; a registered timm name, with or without tag
+        target: in this order: `hf-hub:`, `hf_hub:`, `hf://` or the Hub's https address of a repository, or of a
+            folder or file in it; `local-dir:` and a folder; a file; a folder; `user/repo[@rev]` on the Hub; a registered timm name, with or without tag
             (its own weights where it has some, else freshly initialised ones).
 
     Raises:
@@ -123,11 +123,13 @@ def open_target(target: str, options: Options | None = None) -> Source:
     options = options or Options()
     if match := re.fullmatch(r'(?:hf[-_]hub:|hf://)(.*)', target):
         return _hub(target, match[1], options)
-    if match := re.fullmatch(rf'(?:https://huggingface\.co|{re.escape(constants.ENDPOINT)})/([^/]+/[^/?]+)(?:/(?:tree|'
+    if match := re.fullmatch(rf'(?:https://huggingface\.co|{re.escape(constants.ENDPOINT)})/([^/]+/[^/?]+)(?:/(tree|'
                              rf'resolve|blob)/({REVISION})(?:/([^?]+))?)?/?(?:\?.*)?', target):
-        revision, file = (unquote(part or '') or None for part in match.groups()[1:])
-        return _hub(target, match[1], replace(options, revision=options.revision or revision,
-                                              file=options.file or file))
+        revision, place = (unquote(part or '').strip('/') for part in match.groups()[2:])
+        options = replace(options, revision=options.revision or revision or None)
+        if match[2] != 'tree':
+            options = replace(options, file=options.file or place or None)
+        return _hub(target, match[1], options, folder=place if match[2] == 'tree' else '')
     path = Path(target.removeprefix('local-dir:'))
     if path.is_file() and path.name.endswith('.index.json'):
         return _folder(target, path.parent, replace(options, file=path.name))
@@ -158,12 +160,12 @@ def _bytes(count: int) -> str:
     return f'{count} B'
 
 
-def _hub(target: str, name: str, options: Options, architecture: str | None = None) -> Source:
+def _hub(target: str, name: str, options: Options, architecture: str | None = None, folder: str = '') -> Source:
     name, _, revision = name.partition('@')
     repo = Repo(name.strip('/'), options.revision or unquote(revision) or None, token=options.token,
                 offline=options.offline, remote=options.remote, allow_pickle=options.allow_pickle,
                 timeout=options.timeout)
-    tensors, file = repo.open(options.file, options.needs, load_pickle)
+    tensors, file = repo.open(options.file, options.needs, load_pickle, folder)
     if isinstance(tensors, ShardedFile):
         repo.sha256 = None  # it would be one shard's
     form = 'pickle' if isinstance(tensors, InMemory) else _format(file)
