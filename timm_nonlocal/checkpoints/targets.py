@@ -102,9 +102,9 @@ def open_target(target: str, options: Options | None = None) -> Source:
     """Finds a target and reads the names and shapes of its tensors.
 
     Args:
-        target: in this order: `hf-hub:`, `hf_hub:`, `hf://` or the Hub's https address of a repository, or of a
-            folder or file in it; `local-dir:` and a folder; a file; a folder; `user/repo[@rev]` on the Hub; a registered timm name, with or without tag
-            (its own weights where it has some, else freshly initialised ones).
+        target: in this order: `hf-hub:`, `hf_hub:`, `hf://` or the Hub's https address of a repository, or of a folder
+            or file in it; `local-dir:` and a folder; a file; a folder; `user/repo[@rev]` on the Hub; a registered timm
+            name, with or without tag (its own weights where it has some, else freshly initialised ones).
 
     Raises:
         CheckpointError: nothing of the kind is there, or it cannot be read.
