@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import time
 
 import pytest
 import torch
@@ -216,6 +217,15 @@ def test_near_pairs_prefer_names_that_sound_nonlocal():
               'attention.down.weight': (4, 8), 'attention.up.weight': (8, 4), 'fc.weight': (10, 8)}
     assert near(shapes)[0] == ('attention.down.weight', 'attention.up.weight')
     assert ('layer1.conv1.weight', 'layer1.conv3.weight') in near(shapes)
+
+
+@pytest.mark.parametrize('name', ['t{}.weight', 'block{}.conv.weight', 'blocks.g.{}.weight', 'net.{}.z.weight'])
+@pytest.mark.parametrize('key_map', [None, 'g=o.weight,z=t.weight'])
+def test_time_is_linear_in_the_number_of_tensors(name, key_map):
+    shapes = {name.format(number): ((4, 8), (8, 4))[number % 2] for number in range(12_000)}
+    start = time.perf_counter()
+    assert find(shapes, key_map and parse_key_map(key_map)).blocks == [] and len(near(shapes)) in (0, 3)
+    assert time.perf_counter() - start < 5  # it took 50 s
 
 
 def test_batch_norm_eps_is_the_modules_own():

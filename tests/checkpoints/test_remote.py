@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.range_server import COMMITS, pad, serving
+from tests.support.shards import in_shards
 from timm_nonlocal.analysis.spectra import measure, spectrum
 from timm_nonlocal.checkpoints.layouts import find
 from timm_nonlocal.checkpoints.targets import CheckpointError, Options, open_target
@@ -141,6 +142,20 @@ def test_revision_and_addresses_of_a_repository(hub, weights):
         read('user/repo@v9')
 
 
+@pytest.mark.parametrize(('target', 'ref'), [
+    ('user/repo@refs/pr/1', 'refs/pr/1'), ('user/repo@refs%2Fpr%2F1', 'refs/pr/1'), ('user/repo@a/b/c', 'a/b/c'),
+    ('hf-hub:user/repo@feature/x', 'feature/x'), ('hf://user/repo@refs/convert/parquet', 'refs/convert/parquet'),
+    ('https://huggingface.co/user/repo/tree/refs%2Fpr%2F1', 'refs/pr/1'),
+    ('https://huggingface.co/user/repo/blob/refs/pr/12/model.safetensors', 'refs/pr/12'),
+    ('https://huggingface.co/user/repo/tree/feature%2Fx/', 'feature/x'),
+])
+def test_revisions_with_a_slash(hub, weights, target, ref):
+    hub.refs = {ref: COMMITS[1]}
+    source, records = read(target)
+    assert (source.repo.revision, source.repo.commit) == (ref, COMMITS[1])
+    assert records == spectra_of(open_target(str(weights[COMMITS[1]][NAME])))
+
+
 @pytest.mark.parametrize(('refuse', 'kind', 'message'), [
     ((403, 'GatedRepo'), HubError, 'is gated'),
     ((401, 'RepoNotFound'), CheckpointError, 'no such repository, or a private one'),
@@ -205,6 +220,44 @@ def test_shards_are_opened_only_where_a_block_is(hub, tmp_path):
     assert records == spectrum(model)
     assert not any(request.path.endswith('2.safetensors') for request in hub.requests)
     assert source.tensors.bytes_read == hub.sent
+
+
+@pytest.mark.parametrize('target', ['user/repo', 'https://huggingface.co/user/repo/blob/main/sub/fol/{}',
+                                    'https://huggingface.co/user/repo/tree/main/sub/fol'])
+@pytest.mark.parametrize('index', ['model.safetensors.index.json', 'pytorch_model.bin.index.json'])
+def test_shards_beside_an_index_in_a_subfolder(hub, tmp_path, index, target):
+    model = timm.create_model('preresnet20_nl_proposed_k2')
+    hub.files = {COMMITS[0]: {f'sub/fol/{path.name}': path for path in in_shards(model.state_dict(), tmp_path, index)}}
+    source, records = read(target.format(index), file=None if ':' in target else f'sub/fol/{index}', allow_pickle=True)
+    assert records == spectrum(model) and source.format == ('pickle' if '.bin.' in index else 'safetensors')
+    assert source.state_dict().keys() == model.state_dict().keys()
+
+
+def test_pickled_shards_are_found_and_fetched_only_when_allowed(hub, tmp_path):
+    model = timm.create_model('preresnet20_nl_proposed_k2')
+    files = {path.name: path for path in in_shards(model.state_dict(), tmp_path, 'pytorch_model.bin.index.json')}
+    hub.files = {COMMITS[0]: files}
+    with pytest.raises(UnsafePickleError, match='--allow-pickle'):
+        read()
+    assert read(allow_pickle=True)[1] == spectrum(model)
+
+
+def test_a_branch_with_a_slash_is_found_in_the_cache(hub, weights):
+    for commit in weights:
+        save_file(timm.create_model('preresnet20_nl_proposed_k1').state_dict(), weights[commit][NAME])
+    hub.refs = {'refs/pr/1': COMMITS[1]}
+    _, records = read('user/repo@refs/pr/1', remote='download')
+    source, again = read('user/repo@refs/pr/1', offline=True)
+    assert (source.tensors.mode, source.repo.commit, again) == ('cache', COMMITS[1], records)
+
+
+def test_a_shard_that_is_missing(hub, tmp_path):
+    state = timm.create_model('preresnet20_nl_proposed_k2').state_dict()
+    files = {path.name: path for path in in_shards(state, tmp_path, 'model.safetensors.index.json')}
+    del files['1.safetensors']
+    hub.files = {COMMITS[0]: files}
+    with pytest.raises(CheckpointError, match='user/repo has no 1.safetensors beside model.safetensors.index.json'):
+        read()
 
 
 def test_a_pickle_is_fetched_only_when_allowed(hub, tmp_path):

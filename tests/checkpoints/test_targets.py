@@ -6,16 +6,19 @@ import os
 import pickle
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from timm.models import save_for_hf
 
+from tests.support.shards import in_shards
 from timm_nonlocal import spectrum
 from timm_nonlocal.checkpoints.layouts import find
-from timm_nonlocal.checkpoints.targets import CheckpointError, Options, load_pickle, near_names, open_target
-from timm_nonlocal.checkpoints.tensorfile import HubError, UnsafePickleError
+from timm_nonlocal.checkpoints.targets import CheckpointError, Options, Source, load_pickle, near_names, open_target
+from timm_nonlocal.checkpoints.tensorfile import HubError, RangedFile, UnsafePickleError
+from timm_nonlocal.inspect import command
 
 NAME = 'preresnet20_nl_proposed_k2'
 
@@ -70,6 +73,52 @@ def test_file_and_shards(model, tmp_path):
     assert source.kind == 'dir' and same_numbers(source, model)
     needed = {position % 3 for position, name in enumerate(names) if '.g.' in name or '.z.' in name}
     assert set(source.tensors.shards) == {f'{number}.safetensors' for number in needed}
+
+
+@pytest.mark.parametrize('index', ['model.safetensors.index.json', 'pytorch_model.bin.index.json'])
+def test_shards_in_a_subfolder_and_of_pickles(model, tmp_path, index):
+    folder = tmp_path / 'sub' / 'folder'
+    in_shards(model.state_dict(), folder, index)
+    for source in (open_target(str(tmp_path), Options(file=f'sub/folder/{index}')), open_target(str(folder)),
+                   open_target(str(folder / index))):
+        assert same_numbers(source, model) and source.format == ('pickle' if '.bin.' in index else 'safetensors')
+        assert {block.formulation for block in find(source.tensors.shapes).blocks} == {'proposed'}
+        state = source.state_dict()
+        assert state.keys() == model.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def shared(model):
+    first, *others = model.layer1.nl.sub_blocks
+    for block in others:
+        block.g = first.g
+    return model
+
+
+def test_shared_tensors_under_every_name(tmp_path):
+    model = shared(timm.create_model('preresnet20_nl_proposed_k3'))
+    save_model(model, str(tmp_path / 'model.safetensors'))
+    data = (tmp_path / 'model.safetensors').read_bytes()
+    remote = RangedFile('file', lambda begin, end: data[begin:end], lambda: len(data))
+    kept = load_file(tmp_path / 'model.safetensors')
+    aliases = {name: next(other for other, tensor in kept.items() if torch.equal(tensor, value))
+               for name, value in model.state_dict().items() if name not in kept}
+    assert len(aliases) == 2
+    in_shards(kept, tmp_path / 'shards', 'model.safetensors.index.json')
+    index = json.loads((tmp_path / 'shards' / 'model.safetensors.index.json').read_text())
+    index['metadata'] |= aliases  # as huggingface_hub's save_torch_state_dict notes them
+    (tmp_path / 'shards' / 'model.safetensors.index.json').write_text(json.dumps(index))
+    for source in (open_target(str(tmp_path)), open_target(str(tmp_path / 'shards')), Source('', 'file', '', remote)):
+        assert same_numbers(source, model) and len(records(source)) == 3
+        model.load_state_dict(source.state_dict())
+
+
+def test_an_alias_of_what_is_not_there_is_none(model, tmp_path):
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != 'layer1.nl.sub_blocks.0.g.weight'}
+    save_file(state, tmp_path / 'model.safetensors', {'layer1.nl.sub_blocks.0.g.weight': 'gone', 'format': 'pt'})
+    found = find(open_target(str(tmp_path)).tensors.shapes)
+    assert [block.index for block in found.blocks] == [1]
+    assert found.warnings[0].startswith('layer1.nl.sub_blocks.0.z.weight has no W_g beside it')
 
 
 def test_which_file_of_a_folder(model, tmp_path):
@@ -152,6 +201,73 @@ def test_averaged_weights_come_first(model, tmp_path):
     other = timm.create_model(NAME)
     torch.save({'state_dict': other.state_dict(), 'state_dict_ema': model.state_dict()}, tmp_path / 'last.pth')
     assert same_numbers(open_target(str(tmp_path / 'last.pth')), model)
+
+
+CONTAINERS = {  # what holds the weights `w`, beside others `o`, and the way to what is read
+    'model_state_dict': (lambda w, o: {'model_state_dict': w, 'optimizer': {'state': {0: {'m': o['fc.bias']}}}}, None),
+    'net': (lambda w, o: {'net': w, 'acc': 93.1, 'epoch': 3}, None),
+    'params_ema': (lambda w, o: {'params': o, 'params_ema': w}, 'params_ema'),
+    'params': (lambda w, o: {'params': w}, None),
+    'generator': (lambda w, o: {'discriminator': o, 'generator': w}, 'generator'),
+    'generator alone has blocks': (lambda w, o: {'a': {'fc.bias': torch.ones(2)}, 'disc': plain(o), 'gen': w}, 'gen'),
+    'nested': (lambda w, o: {'model': {'state_dict': w, 'args': {'depth': 20}}}, None),
+    'EMA in a module': (lambda w, o: {'model_ema': {'module': w}, 'model': o}, 'model_ema.module'),
+    'an average': (lambda w, o: {'ema': w, **o}, 'ema'),
+    'a config beside': (lambda w, o: {**w, 'config': {'mean': torch.ones(3), 'name': 'net'}, 'model': {'depth': 20}},
+                        None),
+    'a config first': (lambda w, o: {'model': {'mean': torch.ones(3)}, 'net': w}, None),
+    'an optimizer by names': (lambda w, o: {'optimizer': {name: {'exp_avg': tensor} for name, tensor in o.items()} | o,
+                                            'network': w}, None),
+    'itself': (lambda w, o: itself({'weights': w}), None),
+    'once': (lambda w, o: {'state_dict': w, 'model': w}, None),
+}
+
+
+def plain(state):
+    return {name: tensor for name, tensor in state.items() if '.nl.' not in name}
+
+
+def itself(content):
+    content['self'] = {'again': content}
+    return content
+
+
+@pytest.mark.parametrize('name', CONTAINERS)
+def test_the_dict_that_holds_tensors(model, tmp_path, name):
+    make, way = CONTAINERS[name]
+    torch.save(make(model.state_dict(), timm.create_model(NAME).state_dict()), tmp_path / 'last.ckpt')
+    source = open_target(str(tmp_path / 'last.ckpt'))
+    assert same_numbers(source, model) and source.state_dict().keys() >= model.state_dict().keys()
+    assert [note.partition(', of ')[0] for note in source.notes] == ([f'last.ckpt: read {way}'] if way else [])
+
+
+def test_which_was_read_is_in_the_report(model, tmp_path, capsys):
+    state = model.state_dict()
+    torch.save({'state_dict': state, 'state_dict_ema': {**state}}, tmp_path / 'last.pth')
+    assert command.main([str(tmp_path / 'last.pth'), '--json']) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)['targets'][0]['warnings'] == [
+        'last.pth: read state_dict_ema, of state_dict, state_dict_ema, which all hold tensors']
+    assert err.startswith('note: last.pth: read state_dict_ema')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('core', ['_core', 'core'])
+def test_numpy_in_a_checkpoint(model, tmp_path, zipped, core):
+    content = {'state_dict': model.state_dict(), 'best': np.float64(93.1), 'epochs': np.int64(3), 'seen': np.arange(3),
+               'ok': np.bool_(True), 'text': np.array(['a', 'b']), 'list': [np.float32(1)] * 2}
+    torch.save(content, tmp_path / 'last.pth', _use_new_zipfile_serialization=zipped)
+    data = (tmp_path / 'last.pth').read_bytes()
+    if core == 'core' and not zipped:  # as numpy 1 writes it
+        (tmp_path / 'last.pth').write_bytes(data.replace(b'numpy._core.', b'numpy.core.'))
+    assert same_numbers(open_target(str(tmp_path / 'last.pth')), model)
+
+
+def test_no_function_of_numpy_is_called(tmp_path):
+    for call in (np.load, np.fromfile, np.memmap):
+        torch.save({'a.weight': torch.ones(2), 'extra': Hostile(call, tmp_path / 'mark')}, tmp_path / 'file.pth')
+        with pytest.raises(UnsafePickleError, match='it asks for numpy'):
+            load_pickle(tmp_path / 'file.pth')
 
 
 class Hostile:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Optional
+from urllib.parse import quote, unquote
 
 COMMITS = ('a' * 40, 'b' * 40)
 
@@ -30,6 +31,7 @@ class RangeServer:
 
     Attributes:
         files: name to path, per commit.
+        refs: branches and the like beside main, to commits.
         ignore_range: answer 200 with the whole file.
         redirect: answer with a 302 to this server, the storage.
         move_after: from so many requests on main is the second commit.
@@ -40,6 +42,7 @@ class RangeServer:
     """
 
     files: dict[str, dict[str, Path]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
     ignore_range: bool = False
     redirect: Optional['RangeServer'] = None
     move_after: Optional[int] = None
@@ -94,7 +97,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(hub.refuse[0], {'X-Error-Code': hub.refuse[1]})
         if not match or match[1] != 'repo':
             return self.answer(404, {'X-Error-Code': 'RepoNotFound'})
-        commit = hub.main() if match[2] == 'main' or hub.forget_commits else match[2]
+        revision = unquote(match[2])
+        commit = hub.main() if revision == 'main' or hub.forget_commits else hub.refs.get(revision, revision)
         if commit not in hub.files:
             return self.answer(404, {'X-Error-Code': 'RevisionNotFound'})
         if match[3] not in hub.files[commit]:
@@ -103,7 +107,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(302, {'Location': f'{hub.redirect.address}/user/repo/resolve/{commit}/{match[3]}',
                                      'X-Repo-Commit': commit, 'X-Linked-Etag': f'"{commit[0] * 64}"',
                                      'X-Linked-Size': hub.files[commit][match[3]].stat().st_size})
-        self.send_file(hub.files[commit][match[3]], {'X-Repo-Commit': commit, 'ETag': f'"{commit[0] * 64}"',
+        etag = commit[0] * 64 if match[3] == 'model.safetensors' else f'{match[3]} of {commit}'  # the cache's key
+        self.send_file(hub.files[commit][match[3]], {'X-Repo-Commit': commit, 'ETag': f'"{quote(etag, "")}"',
                                                      'Accept-Ranges': 'bytes'})
 
     def send_file(self, path: Path, headers: dict[str, Any]) -> None:

@@ -6,14 +6,18 @@ What training changes is which of them are large: hence the counts among the top
 random weights give.
 """
 
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from ..checkpoints.layouts import Block, find, parse_key_map
+from ..checkpoints.layouts import Block, Found, find, parse_key_map
+from ..checkpoints.stored import own_weight
 from ..layers.stable import stable_weights
 from .random_weights import negative_of_random_weights
 
@@ -209,40 +213,31 @@ def _singular_values(left: Tensor, right: Tensor) -> Tensor:
 def block_weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_EPS) -> tuple[Tensor, Tensor, Tensor]:
     """W_Z, (C, C'), and W_g, (C', C), of a block, and the factor (C,) to fold into W_Z's rows; float64, on the CPU.
 
-    Spectral normalisation is part of the weight and always divided out. The factor is γ/√(σ² + ε) of a batch norm after
+    A reparametrisation is part of the weight and always applied. The factor is γ/√(σ² + ε) of a batch norm after
     W_Z, times the block's gain; its shift does not depend on Z.
 
     Raises:
         ValueError: a weight that is not floating point.
     """
     for name in block.names:
-        if not tensors[name].is_floating_point():
+        if not tensors[name].is_floating_point() and not name.endswith('weight_mask'):
             raise ValueError(f'{name} is {str(tensors[name].dtype).removeprefix("torch.")}, not floating point')
 
     def wide(name: str) -> Tensor:
-        return tensors[name].detach().cpu().double()
+        tensor = tensors[name].detach()
+        whole: Any = getattr(tensor, 'full_tensor', None)  # of a DTensor, whose import takes a second
+        return (whole() if whole else tensor).cpu().double()
 
     if block.base:
         w_g, w_z = stable_weights(wide(block.w_g), wide(block.base), wide(block.w_z))
     else:
-        w_z, w_g = (_normalised(wide(name).flatten(1), [wide(vector) for vector in power])
-                    for name, power in ((block.w_z, block.power_z), (block.w_g, block.power_g)))
+        w_z, w_g = (weight.weight({name: wide(name) for name in weight.names}) for weight in (block.z, block.g))
     factor = w_z.new_ones(w_z.shape[0])
     if block.norm:
         factor = factor * wide(f'{block.norm}.weight') * (wide(f'{block.norm}.running_var') + eps).rsqrt()
     if block.scale:
         factor = factor * wide(block.scale).flatten()
     return w_z, w_g, factor
-
-
-def _normalised(w: Tensor, power: list[Tensor]) -> Tensor:
-    """w over uᵀ w v, with v from u by one step where it is not kept."""
-    if not power:
-        return w
-    u = power[0].flatten()
-    if len(power) > 1:
-        return w / (u @ w @ power[1].flatten())
-    return w / (w @ nn.functional.normalize(u @ w, dim=0)).norm()
 
 
 def measure(block: Block, tensors: Mapping[str, Tensor], top: int | None = TOP, fold: bool = True,
@@ -267,6 +262,9 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
              eps: float | None = None, key_map: str | None = None) -> list[Spectrum]:
     """The spectrum of every nonlocal block of a model or a state dict, on whatever device, at any time of training.
 
+    Weights are those that the module computes with, whatever they are made of, and however the network is wrapped. What
+    is left out is said in a warning.
+
     Args:
         model_or_state_dict: any module or state dict with blocks that `timm_nonlocal.checkpoints.layouts` knows.
         top: how many eigenvalues to count signs among; None for all.
@@ -287,12 +285,31 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
         >>> [(record.index, record.formulation, record.n_neg, record.n_pos) for record in records]  # C' of each sign
         [(0, 'proposed', 32, 32), (1, 'proposed', 32, 32)]
     """
-    norms = {}
-    if isinstance(model_or_state_dict, nn.Module):
-        norms = {name: module.eps for name, module in model_or_state_dict.named_modules() if hasattr(module, 'eps')}
-        model_or_state_dict = model_or_state_dict.state_dict()
-    tensors = {name: tensor for name, tensor in model_or_state_dict.items() if isinstance(tensor, Tensor)}
-    found = find({name: tuple(tensor.shape) for name, tensor in tensors.items()},
-                 parse_key_map(key_map) if key_map else None)
+    model = model_or_state_dict if isinstance(model_or_state_dict, nn.Module) else None
+    state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
+    norms = {name: module.eps for name, module in model.named_modules() if hasattr(module, 'eps')
+             } if model is not None else {}
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    patterns = parse_key_map(key_map) if key_map else None
+    found = _found(tensors, patterns)
+    if model is not None and (asked := _asked(model, found)):
+        for layer, weight in asked.items():
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f'{layer}.')}
+            tensors[f'{layer}.weight'] = weight
+        found = _found(tensors, patterns)
+    for warning in found.warnings:
+        warnings.warn(warning, stacklevel=2)
     return [measure(block, tensors, top, fold, norms.get(block.norm, BN_EPS) if eps is None else eps)
             for block in found.blocks]
+
+
+def _found(tensors: Mapping[str, Tensor], key_map: dict[str, re.Pattern] | None) -> Found:
+    return find({name: tuple(tensor.shape) for name, tensor in tensors.items()}, key_map)
+
+
+def _asked(model: nn.Module, found: Found) -> dict[str, Tensor]:
+    """Weights of layers whose tensors do not tell them, or only half: of two parametrisations one may hold nothing."""
+    stacked = (name for name, module in model.named_modules()
+               if is_parametrized(module, 'weight') and len(module.parametrizations.weight) > 1)
+    weights = {name: own_weight(model, name) for name in (*found.unread, *stacked)}
+    return {name: weight for name, weight in weights.items() if weight is not None}

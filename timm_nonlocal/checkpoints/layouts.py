@@ -14,26 +14,21 @@ prefix. The known namings:
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..layers.stable import BASE
+from .blocks import Block, Found, Shape
+from .names import unwrapped
+from .stored import STABLE, Stored
 
 __all__ = ['Block', 'Found', 'Shape', 'find', 'natural', 'near', 'parse_key_map']
 
-Shape = tuple[int, ...]
-
 MAX_CHANNELS = 16384  # a file that claims more is not read into memory
 
-_WRAPPERS = re.compile(r'(?:module\.|_orig_mod\.)+')  # DistributedDataParallel and torch.compile
+_SUB_BLOCK = re.compile(r'(?:(?P<stage>.*)\.)?sub_blocks\.(?P<index>\d+)')
+_TENSOR = re.compile(r'\.(?:parametrizations\.weight\.original1?|weight(?:_orig|_bar|_v)?)$')  # of a layer's weight
 _HINT = re.compile(r'non_?local|att|theta|value|\b(?:nl|g|v)\b', re.IGNORECASE)
-_WEIGHT = re.compile(r'(?P<module>.*?)\.?(?P<kind>weight|weight_orig|parametrizations\.weight\.original)')
-_POWER = {  # the singular vectors that spectral normalisation keeps beside a weight, by how the weight is stored
-    'weight': ('u0',),
-    'weight_orig': ('weight_u', 'weight_v'),
-    'parametrizations.weight.original': ('parametrizations.weight.0._u', 'parametrizations.weight.0._v'),
-}
 
 
 @dataclass(frozen=True)
@@ -58,60 +53,8 @@ LAYOUTS = (
     Layout('biggan', ('g',), ('o',), scale='gamma'),
     Layout('biggan-hf', ('snconv1x1_g',), ('snconv1x1_o_conv',), scale='gamma'),
 )
-
-
-@dataclass(frozen=True)
-class Block:
-    """Where one block's tensors are. Names are those of the state dict it was found in.
-
-    Attributes:
-        stage: the prefix of the nonlocal module, without the wrappers' prefixes.
-        index: the block's number in it.
-        name: the block's own prefix.
-        naming: the layout's name, or 'key-map'.
-        formulation: 'original' (eq. (1)), 'proposed' (eq. (8)), or 'unknown' (ours without θ: a control).
-        symmetric: whether φ = θ; None where the names do not tell.
-        w_g, w_z: (C', C[, 1…]) and (C, C'[, 1…]).
-        power_g, power_z: vectors of spectral normalisation, to divide the weight by its largest singular value.
-        norm: prefix of a batch norm after W_Z, with running statistics.
-        scale: a number that multiplies the block's output.
-        base: of the orthonormal W_g where the block is stable by construction (`layers.stable`); then w_g and w_z are
-            what both are made from, (C', C) and (C', C').
-    """
-
-    stage: str
-    index: int
-    name: str
-    naming: str
-    formulation: str
-    symmetric: bool | None
-    w_g: str
-    w_z: str
-    power_g: tuple[str, ...] = ()
-    power_z: tuple[str, ...] = ()
-    norm: str | None = None
-    scale: str | None = None
-    base: str | None = None
-
-    @property
-    def names(self) -> list[str]:
-        """Every tensor that the block's spectrum needs."""
-        norm = [f'{self.norm}.{part}' for part in ('weight', 'running_var')] if self.norm else []
-        return [self.w_g, self.w_z, *self.power_g, *self.power_z, *norm,
-                *filter(None, (self.scale, self.base))]
-
-    @property
-    def keys(self) -> dict[str, str | None]:
-        """The names as the JSON shows them."""
-        return {'w_z': self.w_z, 'w_g': self.w_g, 'bn': self.norm, 'scale': self.scale}
-
-
-@dataclass
-class Found:
-    """The blocks in natural order of their names, and what was looked at and left out, in words."""
-
-    blocks: list[Block] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+_ROLES = {'theta', 'phi', *(name.rpartition('.')[2] for layout in LAYOUTS for name in (
+    *layout.g, *layout.z, *layout.norm, layout.needs))}
 
 
 def find(shapes: Mapping[str, Shape | None], key_map: dict[str, re.Pattern] | None = None) -> Found:
@@ -127,11 +70,21 @@ def find(shapes: Mapping[str, Shape | None], key_map: dict[str, re.Pattern] | No
         [('nl', 'timm_nonlocal', 'original', True)]
     """
     found = Found()
-    names = {_WRAPPERS.sub('', name) if _WRAPPERS.match(name) else name: name for name in shapes}
+    clean = unwrapped(shapes)
+    names = {name: original for original, name in clean.items()}
     view = {name: shapes[original] for name, original in names.items()}
+    layers = _layers(view, lambda layer: layer.rpartition('.')[2] in _ROLES)
     seen = set()
-    for block in [*(_mapped(view, key_map) if key_map else ()), *_known(view)]:
-        if block.w_g in seen or (problem := _misfit(block, view)) is None:
+    for block in [*(_mapped(view, names, key_map) if key_map else ()), *_known(view, layers)]:
+        if block.w_g in seen:
+            continue
+        if strange := _strange(block):
+            seen.add(block.w_g)
+            for weight in strange:
+                _leave_out(found, weight, names, 'what weight {} make is not known: store the weight itself, adapters '
+                                                 'merged into it')
+            continue
+        if (problem := _misfit(block, view)) is None:
             continue
         if problem:
             found.warnings.append(problem)
@@ -142,18 +95,22 @@ def find(shapes: Mapping[str, Shape | None], key_map: dict[str, re.Pattern] | No
                 found.warnings.append(f'{norm} after {block.w_z} has no weight and running variance: not folded')
                 norm = None
             found.blocks.append(_renamed(block, norm, names))
+    for layer, weight in layers.items():
+        prefix, _, role = layer.rpartition('.')
+        if role == 'z' and _ours(prefix, layers) and _join(prefix, 'g') not in layers:
+            _leave_out(found, weight, names, '{} has no W_g beside it; it may have been dropped as one that is shared')
     found.blocks.sort(key=lambda block: (natural(block.stage), block.index))
     return found
 
 
 def near(shapes: Mapping[str, Shape], most: int = 3) -> list[tuple[str, str]]:
     """Pairs of weights under one prefix whose shapes are each other's transpose: what a `key_map` might name."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, Shape], list[str]] = {}
     for name, shape in shapes.items():
         if len(shape) >= 2 and set(shape[2:]) <= {1} and shape[0] != shape[1] and name.count('.'):
-            groups.setdefault(name.rsplit('.', 2)[0] if name.count('.') > 1 else '', []).append(name)
-    pairs = [(g, z) for names in groups.values() for g in names for z in names
-             if shapes[g][0] < shapes[g][1] and shapes[g][:2] == shapes[z][1::-1]]
+            groups.setdefault((name.rsplit('.', 2)[0] if name.count('.') > 1 else '', shape[:2]), []).append(name)
+    pairs = [(g, z) for (prefix, shape), names in groups.items() if shape[0] < shape[1]
+             for g in names for z in groups.get((prefix, shape[::-1]), ())[:most]]
     return sorted(pairs, key=lambda pair: not _HINT.search(pair[0]))[:most]
 
 
@@ -185,61 +142,92 @@ def _join(*parts: str) -> str:
     return '.'.join(part for part in parts if part)
 
 
-def _known(view: Mapping[str, Shape | None]) -> Iterator[Block]:
-    modules = {}  # the name of every module with a weight, and how it is stored
+def _layers(view: Iterable[str], wanted: Callable[[str], bool]) -> dict[str, Stored]:
+    """The layers that are wanted by name, and how their weights are stored."""
+    below: dict[str, list[str]] = {}
     for name in view:
-        if match := _WEIGHT.fullmatch(name):
-            modules[match['module']] = match['kind']
-    for module in modules:
+        for dot in (place for place, letter in enumerate(name) if letter == '.'):
+            if wanted(layer := name[:dot]):
+                below.setdefault(layer, []).append(name[dot + 1:])
+    return {layer: weight for layer, rests in below.items() if (weight := Stored.of(layer, rests)).names}
+
+
+def _ours(prefix: str, layers: Mapping[str, Stored]) -> bool:
+    """Whether a block of this package is meant, whatever its layers have become."""
+    return bool(_SUB_BLOCK.fullmatch(prefix)) or _join(prefix, 'theta') in layers
+
+
+def _known(view: Mapping[str, Shape | None], layers: Mapping[str, Stored]) -> Iterator[Block]:
+    for layer in layers:
         for layout in LAYOUTS:
             for g in layout.g:
-                if module != g and not module.endswith('.' + g):
+                if layer != g and not layer.endswith('.' + g):
                     continue
-                prefix = module[:-len(g)].rstrip('.')
-                z = next((_join(prefix, z) for z in layout.z if _join(prefix, z) in modules), None)
+                prefix = layer[:-len(g)].rstrip('.')
+                any_form = layout.name == 'timm_nonlocal' and _ours(prefix, layers)
+                z = next((weight for z in layout.z if (weight := layers.get(_join(prefix, z)))
+                          and (weight.hinted or any_form)), None)
                 scale = _join(prefix, layout.scale) if layout.scale else None
-                if not z or (layout.needs and _join(prefix, layout.needs) not in modules):
+                if not z or not (layers[layer].hinted or any_form):
+                    continue
+                if layout.needs and _join(prefix, layout.needs) not in layers:
                     continue
                 if scale and (scale not in view or view[scale] not in ((), (1,), (1, 1, 1, 1), None)):
                     continue
                 norm = next((_join(prefix, norm) for norm in layout.norm
                              if {_join(prefix, norm, part) for part in ('weight', 'running_var')} & view.keys()), None)
-                yield _block(layout, prefix, module, z, modules=modules, view=view, norm=norm, scale=scale)
+                yield _block(layout, prefix, layers[layer], z, layers, norm, scale)
 
 
-def _block(layout: Layout, prefix: str, g: str, z: str, modules: Mapping[str, str],
-           view: Mapping[str, Shape | None], **optional: str | None) -> Block:
+def _block(layout: Layout, prefix: str, g: Stored, z: Stored, layers: Mapping[str, Stored], norm: str | None,
+           scale: str | None) -> Block:
     stage, index, formulation = prefix, 0, 'original'
     symmetric: bool | None = None
     if layout.name == 'timm_nonlocal':
-        match = re.fullmatch(r'(?:(?P<stage>.*)\.)?sub_blocks\.(?P<index>\d+)', prefix)
+        match = _SUB_BLOCK.fullmatch(prefix)
         if match:
             stage, index = match['stage'] or '', int(match['index'])
-        formulation = ('original' if _join(prefix, 'theta') in modules else
-                       'proposed' if match and _join(stage, 'theta') in modules else 'unknown')
+        formulation = ('original' if _join(prefix, 'theta') in layers else
+                       'proposed' if match and _join(stage, 'theta') in layers else 'unknown')
         if formulation != 'unknown':
-            symmetric = _join(prefix if formulation == 'original' else stage, 'phi') not in modules
-
-    def power(module: str) -> tuple[str, ...]:
-        return tuple(name for vector in _POWER[modules[module]] if (name := _join(module, vector)) in view)
-
-    base = _join(g, BASE)
+            symmetric = _join(prefix if formulation == 'original' else stage, 'phi') not in layers
     return Block(stage=stage, index=index, name=prefix, naming=layout.name, formulation=formulation,
-                 symmetric=symmetric, w_g=_join(g, modules[g]), w_z=_join(z, modules[z]), power_g=power(g),
-                 power_z=power(z), base=base if base in view else None, **optional)
+                 symmetric=symmetric, g=g, z=z, norm=norm, scale=scale)
 
 
-def _mapped(view: Mapping[str, Shape | None], key_map: dict[str, re.Pattern]) -> Iterator[Block]:
+def _mapped(view: Mapping[str, Shape | None], names: Mapping[str, str],
+            key_map: dict[str, re.Pattern]) -> Iterator[Block]:
     rests: dict[str, dict[str, str]] = {role: {} for role in ('g', 'z', 'bn', 'scale')}
     for role, pattern in key_map.items():
         for name in view:
-            if match := pattern.search(name):
-                rests[role].setdefault(name[:match.start()] + name[match.end():], name)
+            if match := pattern.search(name) or pattern.search(names[name]):
+                rests[role].setdefault(match.string[:match.start()] + match.string[match.end():], name)
+    layers = _layers(view, {_TENSOR.sub('', name) for role in 'gz' for name in rests[role].values()}.__contains__)
+
+    def stored(name: str) -> Stored:
+        layer = _TENSOR.sub('', name)
+        return Stored(name, (name,)) if layer == name else layers[layer]
+
     for rest, g in rests['g'].items():
         if z := rests['z'].get(rest):
             norm = rests['bn'].get(rest)
             yield Block(stage=rest, index=0, name=rest, naming='key-map', formulation='original', symmetric=None,
-                        w_g=g, w_z=z, norm=norm and norm.removesuffix('.weight'), scale=rests['scale'].get(rest))
+                        g=stored(g), z=stored(z), norm=norm and norm.removesuffix('.weight'),
+                        scale=rests['scale'].get(rest))
+
+
+def _strange(block: Block) -> list[Stored]:
+    """The weights of a block that are stored in no known form."""
+    pair = (block.g, block.z)
+    if tuple(weight.form for weight in pair) == STABLE:
+        return []
+    return [weight for weight in pair if weight.form is None or weight.form in STABLE]
+
+
+def _leave_out(found: Found, weight: Stored, names: Mapping[str, str], why: str) -> None:
+    tensors = [names[name] for name in weight.names]
+    found.unread[tensors[0].removesuffix(weight.names[0].removeprefix(weight.layer))] = tensors
+    found.warnings.append(f'{why.format(", ".join(tensors[:4]))}: the block is left out')
 
 
 def _misfit(block: Block, view: Mapping[str, Shape | None]) -> str | None:
@@ -249,11 +237,15 @@ def _misfit(block: Block, view: Mapping[str, Shape | None]) -> str | None:
         return ''
     pair = f'{block.w_g} {g} and {block.w_z} {z}'
     if len(g) < 2 or len(z) < 2 or 0 in g:
-        return None
+        return None if block.naming != 'timm_nonlocal' or block.formulation == 'unknown' else (
+            f'{pair}: no matrices, as where each process holds a part: left out; gather the state dict first')
     if {*g[2:], *z[2:]} - {1}:
         return f'{pair}: not 1×1 kernels, so that the block has no single W = W_Z W_g: left out'
     if max(*g[:2], *z[:2]) > MAX_CHANNELS:
         return f'{pair}: more than {MAX_CHANNELS} channels: left out'
+    for weight in (block.g, block.z):
+        if not weight.fits(view):
+            return f'{", ".join(weight.names)}: these shapes do not make one weight: left out'
     if block.base:
         return '' if (view[block.base], z) == ((g[1], g[1]), (g[0], g[0])) else f'{pair}: no stable block: left out'
     if g[1::-1] != z[:2]:
@@ -263,8 +255,9 @@ def _misfit(block: Block, view: Mapping[str, Shape | None]) -> str | None:
 
 def _renamed(block: Block, norm: str | None, names: Mapping[str, str]) -> Block:
     """The block with the state dict's own names, wrappers included."""
+    def own(weight: Stored) -> Stored:
+        return replace(weight, names=tuple(names[name] for name in weight.names))
+
     return replace(
-        block, w_g=names[block.w_g], w_z=names[block.w_z],
-        power_g=tuple(names[name] for name in block.power_g), power_z=tuple(names[name] for name in block.power_z),
-        norm=norm and names[f'{norm}.weight'].removesuffix('.weight'),  # a prefix is no name itself
-        scale=block.scale and names[block.scale], base=block.base and names[block.base])
+        block, g=own(block.g), z=own(block.z), scale=block.scale and names[block.scale],
+        norm=norm and names[f'{norm}.weight'].removesuffix('.weight'))  # a prefix is no name itself

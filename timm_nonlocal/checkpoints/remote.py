@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import huggingface_hub
@@ -33,7 +34,7 @@ from .tensorfile import CheckpointError, HubError, LocalFile, RangedFile, Sharde
 
 __all__ = ['Repo']
 
-FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin')
+FILES = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
 MAX_INDEX = 25_000_000  # bytes
 
 
@@ -99,31 +100,43 @@ class Repo:
         self.endpoint = self.endpoint or os.environ.get('HF_ENDPOINT')
 
     def open(self, filename: str | None, needs: Callable[[list[str]], Any],
-             load_pickle: Callable[[Path, str], TensorFile]) -> tuple[TensorFile, str]:
+             load_pickle: Callable[[Path, str], TensorFile], folder: str = '') -> tuple[TensorFile, str]:
         """The repository's weights and the name of their file.
 
         Args:
             filename: None tries the usual names.
             needs: as of `ShardedFile`.
             load_pickle: opens a downloaded pickle.
+            folder: inside the repository, where the file is.
 
         Raises:
             CheckpointError, HubError, UnsafePickleError: with what would work.
         """
+        names = [str(PurePosixPath(folder) / name) for name in ([filename] if filename else FILES)]
         with self._errors():
-            for name in [filename] if filename else FILES:
+            for name in names:
                 try:
                     if name.endswith('.index.json'):
-                        index = self._text(name)
-                        return ShardedFile(f'{self.id}/{name}', index, needs, self._safetensors), name
-                    if name.endswith('.safetensors'):
-                        return self._safetensors(name), name
-                    return self._pickle(name, load_pickle), name
+                        return ShardedFile(f'{self.id}/{name}', self._text(name), needs,
+                                           partial(self._shard, load_pickle, PurePosixPath(name))), name
+                    return self._weights(name, load_pickle), name
                 except EntryNotFoundError as error:
                     last = error
             if isinstance(last, LocalEntryNotFoundError):
                 raise HubError(f'{self.id} is not in the cache, and this is offline')
-            raise CheckpointError(f'{self.id} has no {filename or " or ".join(FILES)}; name a file with --file')
+            raise CheckpointError(f'{self.id} has no {" or ".join(names)}; name a file with --file')
+
+    def _weights(self, name: str, load_pickle: Callable[[Path, str], TensorFile]) -> TensorFile:
+        return self._safetensors(name) if name.endswith('.safetensors') else self._pickle(name, load_pickle)
+
+    def _shard(self, load_pickle: Callable[[Path, str], TensorFile], index: PurePosixPath, name: str) -> TensorFile:
+        with self._errors():
+            try:
+                return self._weights(str(index.parent / name), load_pickle)
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError as error:
+                raise CheckpointError(f'{self.id} has no {name} beside {index}, which names it') from error
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

@@ -1,16 +1,12 @@
 """Where weights come from: a registered name, a folder, a file, the Hub. Names and shapes first, tensors on demand."""
 
-import argparse
 import difflib
 import json
-import pickle
 import re
-import warnings
-import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import timm
 import torch
@@ -18,14 +14,15 @@ from huggingface_hub import constants
 from timm.models import get_pretrained_cfg, split_model_name_tag
 from torch import Tensor
 
-from .layouts import Shape, find, parse_key_map
+from .layouts import find, parse_key_map
+from .pickled import InMemory, load_pickle
 from .remote import Repo
-from .tensorfile import CheckpointError, LocalFile, ShardedFile, TensorFile, UnsafePickleError
+from .tensorfile import CheckpointError, LocalFile, ShardedFile, TensorFile
 
 __all__ = ['InMemory', 'Options', 'Source', 'load_pickle', 'near_names', 'open_target']
 
+REVISION = r'refs/pr/\d+|refs/convert/\w+|[^/?]+'  # the Hub's own names may stand as they are
 PICKLES = ('.pth', '.pt', '.bin', '.ckpt', '.tar', '.pkl')
-GROUPS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'model_state')  # in timm's order of preference
 
 
 @dataclass
@@ -43,8 +40,10 @@ class Options:
 
     def needs(self, names: list[str]) -> set[str]:
         """Of all names of a checkpoint those that its nonlocal blocks may need."""
-        key_map = parse_key_map(self.key_map) if self.key_map else None
-        return {name for block in find(dict.fromkeys(names), key_map).blocks for name in block.names}
+        found = find(dict.fromkeys(names), parse_key_map(self.key_map) if self.key_map else None)
+        kind = [name for name in names if {'theta', 'phi'} & {*name.split('.')}] if found.blocks else []
+        return {*kind, *(name for block in found.blocks for name in block.names),
+                *(name for tensors in found.unread.values() for name in tensors)}
 
 
 @dataclass
@@ -72,6 +71,11 @@ class Source:
     repo: Repo | None = None
 
     @property
+    def notes(self) -> list[str]:
+        """What was read where there was a choice, in words."""
+        return getattr(self.tensors, 'notes', [])
+
+    @property
     def label(self) -> str:
         """One line that says what was read, and how much of it."""
         if self.kind == 'model':
@@ -82,17 +86,10 @@ class Source:
         return (f'{self.repo.id} @ {(self.repo.commit or self.repo.revision or "main")[:8]}  {self.file}  '
                 f'{self.tensors.mode}: {_bytes(self.tensors.bytes_read)}{total}')
 
-
-class InMemory:
-    """A state dict that is there already."""
-
-    def __init__(self, state_dict: dict[str, Tensor], mode: str = 'local', size: int | None = None) -> None:
-        self.state_dict, self.mode, self.bytes_total = state_dict, mode, size
-        self.bytes_read = size or 0
-        self.shapes: dict[str, Shape] = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.state_dict[name] for name in names}
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors, those of shards without a block too. Raises CheckpointError."""
+        return self.tensors.read(self.tensors.weight_map if isinstance(self.tensors, ShardedFile)
+                                 else self.tensors.shapes)
 
 
 def near_names(name: str) -> str:
@@ -105,9 +102,9 @@ def open_target(target: str, options: Options | None = None) -> Source:
     """Finds a target and reads the names and shapes of its tensors.
 
     Args:
-        target: in this order: `hf-hub:`, `hf_hub:`, `hf://` or the Hub's https address of a repository; `local-dir:`
-            and a folder; a file; a folder; `user/repo[@rev]` on the Hub; a registered timm name, with or without tag
-            (its own weights where it has some, else freshly initialised ones).
+        target: in this order: `hf-hub:`, `hf_hub:`, `hf://` or the Hub's https address of a repository, or of a folder
+            or file in it; `local-dir:` and a folder; a file; a folder; `user/repo[@rev]` on the Hub; a registered timm
+            name, with or without tag (its own weights where it has some, else freshly initialised ones).
 
     Raises:
         CheckpointError: nothing of the kind is there, or it cannot be read.
@@ -126,10 +123,13 @@ def open_target(target: str, options: Options | None = None) -> Source:
     options = options or Options()
     if match := re.fullmatch(r'(?:hf[-_]hub:|hf://)(.*)', target):
         return _hub(target, match[1], options)
-    if match := re.fullmatch(rf'(?:https://huggingface\.co|{re.escape(constants.ENDPOINT)})/([^/]+/[^/?]+)(?:/(?:tree|'
-                             rf'resolve|blob)/([^/?]+)(?:/([^?]+))?)?/?(?:\?.*)?', target):
-        options = replace(options, revision=options.revision or match[2], file=options.file or match[3])
-        return _hub(target, match[1], options)
+    if match := re.fullmatch(rf'(?:https://huggingface\.co|{re.escape(constants.ENDPOINT)})/([^/]+/[^/?]+)(?:/(tree|'
+                             rf'resolve|blob)/({REVISION})(?:/([^?]+))?)?/?(?:\?.*)?', target):
+        revision, place = (unquote(part or '').strip('/') for part in match.groups()[2:])
+        options = replace(options, revision=options.revision or revision or None)
+        if match[2] != 'tree':
+            options = replace(options, file=options.file or place or None)
+        return _hub(target, match[1], options, folder=place if match[2] == 'tree' else '')
     path = Path(target.removeprefix('local-dir:'))
     if path.is_file() and path.name.endswith('.index.json'):
         return _folder(target, path.parent, replace(options, file=path.name))
@@ -137,7 +137,8 @@ def open_target(target: str, options: Options | None = None) -> Source:
         return _file(target, path)
     if path.is_dir():
         return _folder(target, path, options)
-    if target.startswith('local-dir:') or (target.count('/') != 1 and '/' in target) or _is_weights(path):
+    slashes = target.partition('@')[0].count('/')  # those of a branch apart
+    if target.startswith('local-dir:') or ('/' in target and slashes != 1) or _is_weights(path):
         raise CheckpointError(f'{target}: no such file or folder')
     if '/' in target:
         try:
@@ -159,20 +160,22 @@ def _bytes(count: int) -> str:
     return f'{count} B'
 
 
-def _hub(target: str, name: str, options: Options, architecture: str | None = None) -> Source:
+def _hub(target: str, name: str, options: Options, architecture: str | None = None, folder: str = '') -> Source:
     name, _, revision = name.partition('@')
-    repo = Repo(name.strip('/'), options.revision or revision or None, token=options.token, offline=options.offline,
-                remote=options.remote, allow_pickle=options.allow_pickle, timeout=options.timeout)
-    tensors, file = repo.open(options.file, options.needs, load_pickle)
+    repo = Repo(name.strip('/'), options.revision or unquote(revision) or None, token=options.token,
+                offline=options.offline, remote=options.remote, allow_pickle=options.allow_pickle,
+                timeout=options.timeout)
+    tensors, file = repo.open(options.file, options.needs, load_pickle, folder)
     if isinstance(tensors, ShardedFile):
         repo.sha256 = None  # it would be one shard's
-    form = 'pickle' if isinstance(tensors, InMemory) else 'safetensors'
+    form = 'pickle' if isinstance(tensors, InMemory) else _format(file)
     return Source(target, 'hub', file, tensors, form, architecture=architecture, repo=repo)
 
 
 def _folder(target: str, path: Path, options: Options) -> Source:
     names = [options.file] if options.file else ['model.safetensors', *sorted(
-        found.name for found in path.glob('*.safetensors.index.json')), 'pytorch_model.bin']
+        found.name for found in path.glob('*.safetensors.index.json')), 'pytorch_model.bin',
+        'pytorch_model.bin.index.json']
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
         there = sorted(found.name for found in path.iterdir() if _is_weights(found))
@@ -183,8 +186,13 @@ def _folder(target: str, path: Path, options: Options) -> Source:
         source = _file(target, file)
         return Source(target, 'dir', str(file), source.tensors, source.format, architecture=architecture)
     tensors = ShardedFile(str(file), file.read_text(errors='replace'), options.needs,
-                          lambda shard: LocalFile(path / shard))
-    return Source(target, 'dir', str(file), tensors, architecture=architecture)
+                          lambda shard: _file(target, file.parent / shard).tensors)
+    return Source(target, 'dir', str(file), tensors, _format(file.name), architecture=architecture)
+
+
+def _format(file: str) -> str:
+    """That of the shards of an index, or of a safetensors file."""
+    return 'pickle' if file.endswith('.bin.index.json') else 'safetensors'
 
 
 def _architecture(config: Path) -> str | None:
@@ -236,39 +244,3 @@ def _of_another(repo_id: str, architecture: str) -> bool:
     """Whether a repository is named after another network: a backbone's weights, which hold no nonlocal module."""
     name = repo_id.rpartition('/')[2].partition('.')[0]
     return name != architecture and timm.is_model(name)
-
-
-def load_pickle(path: Path, mode: str = 'local') -> InMemory:
-    """The state dict in a pickled checkpoint, of which nothing but tensors and plain values is ever loaded.
-
-    Raises:
-        UnsafePickleError: it asks for anything else to be built or called; nothing of that is done.
-        CheckpointError: it is not a checkpoint.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about old protocols
-            content = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        asks = re.search(r'GLOBAL ([\w.]+)|(Unsupported \w+ \d+)', str(error))
-        reason = f'it asks for {asks[1]}' if asks and asks[1] else asks[2] if asks else _last_line(error)
-        raise UnsafePickleError(
-            f'{path} is refused: it is no pickle of tensors and plain values alone ({reason}), and nothing else is '
-            f'loaded; save its state dict as safetensors where you trust it') from error
-    except Exception as error:  # torch has no error of its own for a file that is no checkpoint
-        raise CheckpointError(f'{path} is neither a safetensors file nor a readable pickle of tensors '
-                              f'({type(error).__name__}: {_last_line(error)})') from error
-    state_dict = content
-    for name in GROUPS if isinstance(content, dict) else ():
-        if isinstance(content.get(name), dict):
-            state_dict = content[name]
-            break
-    tensors = {name: value for name, value in state_dict.items()
-               if isinstance(name, str) and isinstance(value, Tensor)} if isinstance(state_dict, dict) else {}
-    if not tensors:
-        raise CheckpointError(f'{path} holds no state dict')
-    return InMemory(tensors, mode, path.stat().st_size)
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]

@@ -95,7 +95,7 @@ def header_length(start: bytes, size: int | None) -> int:
 
 
 def parse_header(header: bytes, size: int | None) -> dict[str, Entry]:
-    """The tensors that a safetensors header describes.
+    """The tensors that a safetensors header describes, those that are shared under every name.
 
     Args:
         header: the JSON, without the 8 bytes before it.
@@ -115,7 +115,7 @@ def parse_header(header: bytes, size: int | None) -> dict[str, Entry]:
         raise ValueError('its header is nested too deep') from None
     if not isinstance(fields, dict):
         raise ValueError('its header is not a JSON object')
-    fields.pop('__metadata__', None)
+    metadata = fields.pop('__metadata__', None)
     start, entries = 8 + len(header), {}
     for name, value in fields.items():
         try:
@@ -131,7 +131,14 @@ def parse_header(header: bytes, size: int | None) -> dict[str, Entry]:
         if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
             raise ValueError(f'{name[:80]!r} is said to be {dtype} {str(shape)[:80]} in {end - begin} bytes')
         entries[name] = Entry(dtype, tuple(shape), start + begin, start + end)
-    return entries
+    return entries | {alias: entries[kept] for alias, kept in _aliases(metadata, entries).items()}
+
+
+def _aliases(metadata: Any, names: Iterable[str]) -> dict[str, str]:
+    """Of a file's or an index's metadata the names of shared tensors that stand in it once: alias to kept name."""
+    names = set(names)
+    return {alias: kept for alias, kept in metadata.items()
+            if isinstance(kept, str) and kept in names and alias not in names} if isinstance(metadata, dict) else {}
 
 
 def spans(entries: Iterable[Entry]) -> list[tuple[int, int]]:
@@ -210,14 +217,16 @@ class LocalFile:
             self.bytes_total = path.stat().st_size
             with safe_open(path, 'pt') as file:
                 self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                self.aliases = _aliases(file.metadata(), self.shapes)
         except (OSError, SafetensorError) as error:
             raise self._unreadable(error) from error
+        self.shapes |= {alias: self.shapes[kept] for alias, kept in self.aliases.items()}
         self.bytes_read = 0 if mode != 'download' else self.bytes_total
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         try:
             with safe_open(self.path, 'pt') as file:
-                tensors = {name: file.get_tensor(name) for name in names}
+                tensors = {name: file.get_tensor(self.aliases.get(name, name)) for name in names}
         except (OSError, SafetensorError) as error:
             raise self._unreadable(error) from error
         if self.mode != 'download':
@@ -229,11 +238,11 @@ class LocalFile:
 
 
 class ShardedFile:
-    """A checkpoint in several safetensors files, of which only those with tensors that may be needed are opened.
+    """A checkpoint in several files, of which those with tensors that may be needed are opened, the others when read.
 
     Args:
         name: of the index, for errors.
-        index: the text of `*.safetensors.index.json`.
+        index: the text of `*.index.json`.
         needs: the names, of all there are, that may be needed.
         open_shard: opens the file of a given name beside the index.
 
@@ -243,17 +252,22 @@ class ShardedFile:
 
     def __init__(self, name: str, index: str, needs: Callable[[list[str]], Iterable[str]],
                  open_shard: Callable[[str], TensorFile]):
+        self.name = name
         try:
-            self.weight_map = json.loads(index)['weight_map']
+            fields = json.loads(index)
+            self.weight_map = fields['weight_map']
             shards = set(self.weight_map.values())
-            valid = all(re.fullmatch(r'[^/\\:\0]+\.safetensors', shard) for shard in shards)
+            valid = all(re.fullmatch(r'[^/\\:\0]+\.(?:safetensors|bin)', shard) for shard in shards)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f'{name} is not an index of shards: {error!r}') from error
         if not valid:
             raise CheckpointError(f'{name} names a shard that does not lie beside it')
+        self.aliases = _aliases(fields.get('metadata'), self.weight_map)
+        self.weight_map |= {alias: self.weight_map[kept] for alias, kept in self.aliases.items()}
         needed = sorted({self.weight_map[key] for key in needs(list(self.weight_map)) if key in self.weight_map})
-        self.shards = {shard: open_shard(shard) for shard in needed}
+        self.open_shard, self.shards = open_shard, {shard: open_shard(shard) for shard in needed}
         self.shapes = {key: shape for shard in self.shards.values() for key, shape in shard.shapes.items()}
+        self.shapes |= {alias: self.shapes[kept] for alias, kept in self.aliases.items() if kept in self.shapes}
         self.mode = next((shard.mode for shard in self.shards.values()), 'local')
         self.index_bytes = len(index.encode())
 
@@ -267,7 +281,11 @@ class ShardedFile:
         return sum(totals) if len(totals) == len(self.shards) else None
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        names, tensors = list(names), dict[str, Tensor]()
+        kept, tensors = {name: self.aliases.get(name, name) for name in names}, dict[str, Tensor]()
+        for name in sorted({self.weight_map[name] for name in kept if name not in self.shapes} - self.shards.keys()):
+            self.shards[name] = self.open_shard(name)
         for shard in self.shards.values():
-            tensors |= shard.read([name for name in names if name in shard.shapes])
-        return tensors
+            tensors |= shard.read([name for name in dict.fromkeys(kept.values()) if name in shard.shapes])
+        if missing := next((name for name in kept.values() if name not in tensors), None):
+            raise CheckpointError(f'{self.name}: {missing} is not in {self.weight_map[missing]}, where it should be')
+        return {name: tensors[own] for name, own in kept.items()}

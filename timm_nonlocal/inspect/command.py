@@ -17,6 +17,7 @@ from .. import __version__, files
 from ..analysis.spectra import block_weights, measure
 from ..analysis.stability import stability
 from ..checkpoints.layouts import find, near, parse_key_map
+from ..checkpoints.names import renamed
 from ..checkpoints.targets import Options, Source, near_names, open_target
 from ..checkpoints.tensorfile import CheckpointError
 from . import pictures, report
@@ -36,7 +37,7 @@ def examine(target: str, args: argparse.Namespace) -> Result:
     blocks = [block for block in found.blocks
               if (args.stage is None or fnmatch.fnmatchcase(block.stage, args.stage))
               and args.block in (None, block.index)]
-    result = Result(target, source, warnings=found.warnings)
+    result = Result(target, source, warnings=[*source.notes, *found.warnings])
     if not blocks:
         result.code, result.error = 4, _nothing(source, len(found.blocks))
         return result
@@ -100,7 +101,7 @@ def build(source: Source, arch: str | None) -> nn.Module:
         if not timm.is_model(name.partition('.')[0]):
             raise CheckpointError(f'--arch {name}: no such registered name.{near_names(name)}')
         model = timm.create_model(source.input if not arch and source.kind == 'model' else name)
-        model.load_state_dict(source.tensors.read(source.tensors.shapes))
+        model.load_state_dict(renamed(source.state_dict(), model.state_dict()))
         return model.eval()
     except (RuntimeError, TypeError, ValueError, OSError, KeyError) as error:
         raise CheckpointError(f'{source.input}: the network cannot be built: '
