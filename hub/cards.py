@@ -8,6 +8,7 @@ hand and numbers cannot. --check writes nothing and fails where a card or a pict
 """
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -39,7 +40,12 @@ MODEL_CARD = HUB.parent / 'MODEL_CARD.md'
 CARDS = HUB / 'models'
 MODULE = 'hub.cards'
 DEPTH = ('depth=29',)  # of 9n + 2 layers: the n of a PreResNet-20 whose units have two layers, 6n + 2
+TEST_IMAGES = 10_000  # of CIFAR
 BASELINE = paper.TABLES[0].rows[0]
+STABLE = 'preresnet20_nl_proposed_k5'  # with these arguments: what a guarantee costs, and what depth under it gives
+STABLE_ROWS = {'as registered': (), 'symmetric': ("nl_args={'symmetric': True}",),
+               'symmetric, stable': ("nl_args={'symmetric': True, 'stable': True}",),
+               'symmetric, stable, k = 12': ('nl_k=12', "nl_args={'symmetric': True, 'stable': True}")}
 
 
 def weights_text(files: list[Shipped]) -> str:
@@ -111,6 +117,28 @@ def depth_text(records: list[Record]) -> str:
     return '\n'.join(lines)
 
 
+def stable_text(records: list[Record]) -> str:
+    """Stages that are stable by construction beside those that are not, with what so few runs can say."""
+    dataset = paper.TABLES[0].dataset
+    found = {label: counted(records, STABLE, dataset, 'ft', model_kwargs=given) for label, given in STABLE_ROWS.items()}
+    lines = [f'| {label} | {f"{ours.median:.2f}" if (ours := summary(runs.finished)) else "none"} | {runs.n} |'
+             for label, runs in found.items() if runs.all]
+    waiting = len(STABLE_ROWS) - len(lines)
+    text = [f'| {STABLE}, recipe ft | our error, % | n |', '| --- | --- | --- |', *lines] if lines else []
+    text += ['', f'{waiting} of {len(STABLE_ROWS)} rows wait for runs.'] if waiting else []
+    errors = {label: ours.median for label, runs in found.items() if (ours := summary(runs.finished))}
+    for less, more, question in (('symmetric', 'symmetric, stable', 'What the guarantee costs'),
+                                 ('symmetric, stable', 'symmetric, stable, k = 12', 'What the depth costs')):
+        if less in errors and more in errors:
+            share = (errors[less] + errors[more]) / 200
+            spread = 200 * math.sqrt(2 * share * (1 - share) / TEST_IMAGES)
+            difference = errors[more] - errors[less]
+            verdict = 'no more than chance can give' if abs(difference) <= spread else 'more than chance gives'
+            text += ['', f'{question}: {difference:+.2f} percentage points, {verdict} (± {spread:.2f} for two '
+                         f'runs and {TEST_IMAGES:,} test images).']
+    return '\n'.join(text).strip()
+
+
 def figures_text(drawn: dict[int, list[Drawn]]) -> str:
     """The figures with their captions."""
     parts = ['A count of signs agrees with the paper where every block is more than '
@@ -127,7 +155,7 @@ def model_card(text: str, records: list[Record], files: list[Shipped], drawn: di
     """MODEL_CARD.md with its generated parts made anew."""
     for name, content in (('weights', weights_text(files)), ('tables', tables_text(records, files)),
                           ('figures', figures_text(drawn)), ('conclusions', claims.text(records)),
-                          ('depth', depth_text(records))):
+                          ('depth', depth_text(records)), ('stable', stable_text(records))):
         text = replace_block(text, name, MODULE, content)
     return text
 

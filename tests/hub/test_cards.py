@@ -112,6 +112,21 @@ def test_another_depth_has_a_table_of_its_own() -> None:
     assert '| baseline | 8.19 | 8.50 | 1 |' in cards.table_text(paper.TABLES[0], runs, []), 'and is in no other'
 
 
+def test_stable_stages_and_what_one_run_each_says() -> None:
+    def run(error: float, *given: str) -> Record:
+        return made_up('preresnet20_nl_proposed_k5', error=error, model_kwargs=list(given),
+                       start={'name': 'preresnet20'}, recipe=FINE_TUNING.to_dict())
+
+    assert cards.stable_text([]) == '4 of 4 rows wait for runs.'
+    _, symmetric, stable, deep = cards.STABLE_ROWS.values()
+    text = cards.stable_text([run(8.9), run(9.0, *symmetric), run(9.5, *stable)])
+    assert '| symmetric, stable | 9.50 | 1 |' in text and '1 of 4 rows wait for runs.' in text
+    assert 'What the guarantee costs: +0.50 percentage points, no more than chance can give (± 0.82 for' in text
+    assert 'the depth' not in text
+    text = cards.stable_text([run(9.0, *symmetric), run(9.5, *stable), run(8.0, *deep)])
+    assert 'What the depth costs: -1.50 percentage points, more than chance gives (± 0.80' in text
+
+
 def test_a_curve_has_the_test_error_where_it_was_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sheets: list[Any] = []
     monkeypatch.setattr(drawing, '_save', lambda sheet, path, description: sheets.append(sheet))
