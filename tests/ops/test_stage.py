@@ -90,11 +90,14 @@ def test_accuracy_of_options(device, dtype, options):
     lambda: NonlocalBlock(C), lambda: NonlocalBlock(C, symmetric=True)],
     ids=['k = 5', 'k = 1', 'k = 3, shared', 'block', 'block, shared'])
 def test_autocast_errs_no_more_than_with_the_affinity_written_out(device, make, size):
-    """Against float64, never more than 1.3 times as much, in every output and gradient."""
-    module, x = make().to(device), size * torch.randn(2, C, 32, 32, device=device)
-    with torch.autocast(device, torch.bfloat16):
-        ours, plain, expected = compared(module, x)
-    for error, most in zip(errors(ours, expected), errors(plain, expected), strict=True):
+    """Against float64, never more than 1.3 times as much, in every output and gradient; of large logits, the mean."""
+    found = []
+    for _ in range(6 if size > 1 else 1):
+        module, x = make().to(device), size * torch.randn(2, C, 32, 32, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            ours, plain, expected = compared(module, x)
+        found.append([errors(ours, expected), errors(plain, expected)])
+    for error, most in zip(*torch.tensor(found).mean(0), strict=True):
         assert error <= 1.3 * most
 
 
@@ -203,14 +206,25 @@ def test_operations_are_counted():
         assert counter.get_total_flops() == 3 * forward + (forward if recompute else 2 * logits)
 
 
-def test_second_derivative_is_refused():
-    x = torch.randn(1, C, 4, 4, requires_grad=True)
-    gradient, = torch.autograd.grad(NonlocalStage(C, 2)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='no second derivative in their merged form: use merged=False'):
-        gradient.sum().backward()
-    plain, = torch.autograd.grad(NonlocalStage(C, 2, merged=False)(x).square().sum(), x, create_graph=True)
-    plain.sum().backward()
-    assert x.grad.isfinite().all()
+@pytest.mark.parametrize('formulation', ['proposed', 'original'])
+@pytest.mark.parametrize('embeddings', [0, 1, 2])
+def test_second_derivatives(formulation, embeddings):
+    """Of gradients that keep their graph, with respect to the input and to every weight."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    weights = [torch.randn(3, 6, dtype=torch.float64) for _ in range(embeddings + 2)]
+    outer = [torch.randn(6, 3, dtype=torch.float64) for _ in range(2)]
+
+    def function(x, *weights):
+        *maps, g0, g1, z0, z1 = weights
+        return nonlocal_stage(x, maps, [g0, g1], [z0, z1], scale=0.3, formulation=formulation)
+
+    inputs = [0.3 * tensor.requires_grad_() for tensor in (x, *weights, *outer)]
+    assert torch.autograd.gradgradcheck(function, inputs)
+    z = function(inputs[0], *(tensor.detach() for tensor in inputs[1:]))
+    gradient, = torch.autograd.grad(z.square().sum(), inputs[0], create_graph=True)
+    plain, = torch.autograd.grad(z.square().sum(), inputs[0])
+    torch.testing.assert_close(gradient, plain)
 
 
 def test_one_dtype():

@@ -7,8 +7,9 @@ from the spectrum of W = W_Z W_g alone.
 Shapes: X is (B, C, *grid) outside and (B, M, C) inside, with M positions; C' is `inner_dim`, C/2 by default.
 """
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Final, Optional
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.types import Device
 
 from ..ops.stage import nonlocal_stage
 from .affinity import affinity_class
+from .dispatch import is_map, only_plain_tensor_code, transforming, untouched
 from .stable import make_stable
 
 __all__ = ['INITS', 'KINDS', 'NonlocalBlock', 'NonlocalBlocks', 'NonlocalStage', 'SubBlock']
@@ -57,11 +59,6 @@ def _positions(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
 
 
-def _only_plain_tensor_code(x: Tensor) -> bool:
-    """A graph is being made that other runtimes read: it should hold no operator of ours."""
-    return isinstance(x, torch.fx.Proxy) or x.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
 def _grid(z: Tensor, like: Tensor) -> Tensor:
     return z.transpose(1, 2).reshape(like.shape)  # (B, M, C) -> (B, C, *grid)
 
@@ -93,6 +90,8 @@ class SubBlock(nn.Module):
 class _Nonlocal(nn.Module):
     """What block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
 
+    merged: Final[bool]  # tells TorchScript that it is a constant
+
     def __init__(self, dim: int, inner_dim: Optional[int], *, affinity: str, symmetric: bool, scale: Optional[float],
                  normalize: Optional[str], init: str, merged: bool, dd: dict[str, Any]):
         super().__init__()
@@ -113,6 +112,41 @@ class _Nonlocal(nn.Module):
     def embedding_weights(self) -> list[Tensor]:
         """The weights (D, C) of θ and φ, as far as there are any."""
         return [linear.weight for linear in (self.theta, self.phi) if isinstance(linear, nn.Linear)]
+
+    def weight_holders(self) -> Sequence[nn.Module]:
+        """What holds a `g` and a `z` each."""
+        raise NotImplementedError
+
+    def only_maps(self, x: Tensor) -> bool:
+        """Whether every child does what its weight says, so that A and the maps may be applied without calling them."""
+        if self.affinity.embedded:
+            embeds = is_map(self.theta, x) and (self.phi is None or is_map(self.phi, x))
+        else:
+            embeds = untouched(self.theta, nn.Identity) and self.phi is None
+        return embeds and untouched(self.affinity, type(self.affinity)) and all(
+            (holder is self or untouched(holder, SubBlock)) and is_map(holder.g, x) and is_map(holder.z, x)
+            for holder in self.weight_holders())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
+        tokens = _positions(x)
+        if not torch.jit.is_scripting():
+            if self.merged and self.only_maps(x):
+                if self.affinity.softmax and not only_plain_tensor_code(x):
+                    return _grid(self._fused(tokens), x)
+                return x + _grid(self._merged(tokens), x)
+            return x + _grid(self._plain(tokens), x)
+        if self.merged:
+            return x + _grid(self._merged(tokens), x)
+        return x + _grid(self._plain(tokens), x)
+
+    def __prepare_scriptable__(self) -> '_Nonlocal':
+        """TorchScript compiles what calls the children where reading their weights would pass them by."""
+        if self.only_maps(next(self.parameters(), torch.empty(0))):
+            return self
+        literal = copy.copy(self)
+        literal.__dict__['merged'] = False
+        return literal
 
     def relate(self, x: Tensor) -> Tensor:
         """A(X), (B, M, M) or broadcastable to it, from X (B, M, C)."""
@@ -164,23 +198,29 @@ class NonlocalBlock(_Nonlocal):
         weight = SubBlock(dim, self.inner_dim, init, **dd)
         self.g, self.z = weight.g, weight.z
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *grid) to (B, C, *grid)."""
-        tokens = _positions(x)
+    def weight_holders(self) -> Sequence[nn.Module]:
+        """The block itself."""
+        return [self]
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """Z as `_merged` has it, by one operator that keeps no A for the backward pass."""
+        return nonlocal_stage(x, self.embedding_weights(), [self.g.weight], [self.z.weight], scale=self.affinity.scale,
+                              formulation='original')
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """Z - X as eq. (1) has it. x (B, M, C)."""
+        return self.z(self.affinity.aggregate(self.relate(x), self.g(x)))
+
+    def _merged(self, x: Tensor) -> Tensor:
+        """The same without A written out where the kernel allows it."""
+        q, k = self.embed(x)
+        g, attend = self.g(x), self.affinity.softmax  # (B, M, C')
         if not torch.jit.is_scripting():
-            if self.merged and self.affinity.softmax and not _only_plain_tensor_code(x):
-                return _grid(nonlocal_stage(tokens, self.embedding_weights(), [self.g.weight], [self.z.weight],
-                                            scale=self.affinity.scale, formulation='original'), x)
-        q, k = self.embed(tokens)
-        g = self.g(tokens)  # (B, M, C')
-        if not self.merged:
-            mixed = self.affinity.aggregate(self.affinity(q, k), g)
-        elif self.affinity.softmax:
-            mixed = _attend(q, k, g, self.affinity.scale, self.embed_dim, self.g.out_features)
-        else:
-            a, right = self.affinity.operator(q, k)
-            mixed = self.affinity.aggregate(a, g, right)
-        return x + _grid(self.z(mixed), x)  # eq. (1)
+            attend = attend and not transforming()  # fused attention has no rule for all of them
+        if attend:
+            return self.z(_attend(q, k, g, self.affinity.scale, self.embed_dim, self.g.out_features))
+        a, right = self.affinity.operator(q, k)
+        return self.z(self.affinity.aggregate(a, g, right))
 
 
 class NonlocalBlocks(nn.Module):
@@ -265,6 +305,10 @@ class NonlocalStage(_Nonlocal):
             for sub_block in self.sub_blocks:
                 make_stable(sub_block.g, sub_block.z)
 
+    def weight_holders(self) -> Sequence[nn.Module]:
+        """Its sub-blocks."""
+        return self.sub_blocks
+
     def _refuse_unstable(self, affinity: str, symmetric: bool) -> None:
         if not self.affinity.semidefinite:
             raise ValueError(f'stable=True guarantees nothing for affinity={affinity!r}, whose kernel is not positive '
@@ -276,19 +320,9 @@ class NonlocalStage(_Nonlocal):
         if self.affinity.scale < 0:
             raise ValueError(f'stable=True guarantees nothing for scale={self.affinity.scale}: use one of at least 0')
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *grid) to (B, C, *grid)."""
-        tokens = _positions(x)
-        if not self.merged:
-            return x + _grid(self._plain(self.relate(tokens), tokens), x)
-        if not torch.jit.is_scripting():
-            if self.affinity.softmax and not _only_plain_tensor_code(x):
-                return _grid(self._fused(tokens), x)
-        return x + _grid(self._merged(tokens), x)
-
-    def _plain(self, a: Tensor, x: Tensor) -> Tensor:
-        """Zᵏ - X as the paper writes it. a (B, M, M), x (B, M, C)."""
-        z = x
+    def _plain(self, x: Tensor) -> Tensor:
+        """Zᵏ - X as the paper writes it. x (B, M, C)."""
+        a, z = self.relate(x), x
         for sub_block in self.sub_blocks:
             z = z + sub_block(self.affinity.difference(a, z))  # eq. (8)
         return z - x

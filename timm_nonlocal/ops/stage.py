@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .products import ProductBackend
+from .reference import original_block, proposed_stage
 
 if TYPE_CHECKING:
     from .triton_backend import TritonBackend
@@ -86,12 +87,12 @@ def nonlocal_stage(
             that can run.
 
     Returns:
-        Zᵏ, (B, M, C), in x's dtype.
+        Zᵏ, (B, M, C), in x's dtype. Its gradient with create_graph=True goes through A written out, to be
+        differentiated again.
 
     Raises:
         TypeError: x and the weights differ in dtype outside autocast.
         ValueError: an unknown formulation, or a backend that is unknown or does not take the case.
-        RuntimeError: it is differentiated twice.
 
     Example:
         >>> x, w_g, w_z = torch.randn(2, 9, 4), torch.randn(2, 4), torch.randn(4, 2)
@@ -251,15 +252,32 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dz is None:
         return (None,) * 10
+    if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated again
+        return *_differentiable_gradient(dz, *ctx.saved_tensors[:3], **ctx.options), *[None] * 7
     return *_stage_backward(dz, *ctx.saved_tensors, **ctx.options), *[None] * 7
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError('nonlocal blocks have no second derivative in their merged form: use merged=False')
+def _differentiable_gradient(dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int,
+                             scale: float, formulation: str, **_: Any) -> list[Tensor | None]:
+    """What `_stage_backward` gives, through the plain formulas, with A written out."""
+    with torch.autocast(x.device.type, enabled=False):
+        w, w_z = w_in.to(x.dtype), w_out.to(x.dtype).split(inner, dim=1)
+        dim = (len(w) - w_out.shape[1]) // embeddings if embeddings else 0
+        *maps, w_g = w.split([dim] * embeddings + [w_out.shape[1]])
+        q, k = (x @ maps[0].T, x @ maps[-1].T) if maps else (x, x)
+        a = torch.softmax(scale * q @ k.mT, dim=2)
+        if formulation == 'proposed':
+            *_, z = proposed_stage(x, a, w_g.split(inner), w_z)
+        else:
+            z = x
+            for g, out in zip(w_g.split(inner), w_z, strict=True):
+                z = original_block(z, a, g, out)
+        inputs = x, w_in, w_out
+        found = iter(torch.autograd.grad(z, [t for t in inputs if t.requires_grad], dz, create_graph=True))
+    return [next(found) if t.requires_grad else None for t in inputs]
 
 
 _stage.register_autograd(_differentiate, setup_context=_save)
-_stage_backward.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
 
 
 def _macs(x: list[int], w_in: list[int], w_out: list[int], inner: int, embeddings: int) -> tuple[int, int, int, int]:
