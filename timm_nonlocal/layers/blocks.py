@@ -18,6 +18,7 @@ from torch.types import Device
 
 from ..ops.stage import nonlocal_stage
 from .affinity import affinity_class
+from .plain import global_hooks, hooked, is_plain, transforming
 from .stable import make_stable
 
 __all__ = ['INITS', 'KINDS', 'NonlocalBlock', 'NonlocalBlocks', 'NonlocalStage', 'SubBlock']
@@ -58,8 +59,15 @@ def _positions(x: Tensor) -> Tensor:
 
 
 def _only_plain_tensor_code(x: Tensor) -> bool:
-    """A graph is being made that other runtimes read: it should hold no operator of ours."""
-    return isinstance(x, torch.fx.Proxy) or x.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting()
+    """A graph is being made that other runtimes read, or a function transform is active: ours has rules for neither."""
+    return (isinstance(x, torch.fx.Proxy) or x.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting()
+            or transforming())
+
+
+def _transforming() -> bool:
+    if torch.jit.is_scripting():
+        return False
+    return transforming()
 
 
 def _grid(z: Tensor, like: Tensor) -> Tensor:
@@ -93,6 +101,9 @@ class SubBlock(nn.Module):
 class _Nonlocal(nn.Module):
     """What block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
 
+    __constants__ = ['literal']  # as it is when TorchScript compiles the module
+    __jit_unused_properties__ = ['literal']
+
     def __init__(self, dim: int, inner_dim: Optional[int], *, affinity: str, symmetric: bool, scale: Optional[float],
                  normalize: Optional[str], init: str, merged: bool, dd: dict[str, Any]):
         super().__init__()
@@ -111,8 +122,21 @@ class _Nonlocal(nn.Module):
         return q, q if self.phi is None else self.phi(x)
 
     def embedding_weights(self) -> list[Tensor]:
-        """The weights (D, C) of θ and φ, as far as there are any."""
+        """The weights (D, C) of θ and φ, as far as there are any. Only where not `literal`."""
         return [linear.weight for linear in (self.theta, self.phi) if isinstance(linear, nn.Linear)]
+
+    @property
+    def literal(self) -> bool:
+        """Whether to follow the paper's equation and call every child: asked for, or one is more than its weight."""
+        if not self.merged or global_hooks() or hooked(self.affinity):
+            return True
+        if type(self.theta) is nn.Identity:
+            return hooked(self.theta) or self.phi is not None or not self._plain_maps()
+        return not (is_plain(self.theta) and (self.phi is None or is_plain(self.phi)) and self._plain_maps())
+
+    def _plain_maps(self) -> bool:
+        """Whether W_g and W_Z are all that there is to their layers."""
+        raise NotImplementedError
 
     def relate(self, x: Tensor) -> Tensor:
         """A(X), (B, M, M) or broadcastable to it, from X (B, M, C)."""
@@ -164,18 +188,21 @@ class NonlocalBlock(_Nonlocal):
         weight = SubBlock(dim, self.inner_dim, init, **dd)
         self.g, self.z = weight.g, weight.z
 
+    def _plain_maps(self) -> bool:
+        return is_plain(self.g) and is_plain(self.z)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
         tokens = _positions(x)
         if not torch.jit.is_scripting():
-            if self.merged and self.affinity.softmax and not _only_plain_tensor_code(x):
+            if not self.literal and self.affinity.softmax and not _only_plain_tensor_code(x):
                 return _grid(nonlocal_stage(tokens, self.embedding_weights(), [self.g.weight], [self.z.weight],
                                             scale=self.affinity.scale, formulation='original'), x)
         q, k = self.embed(tokens)
         g = self.g(tokens)  # (B, M, C')
-        if not self.merged:
+        if self.literal:
             mixed = self.affinity.aggregate(self.affinity(q, k), g)
-        elif self.affinity.softmax:
+        elif self.affinity.softmax and not _transforming():  # attention has no forward mode
             mixed = _attend(q, k, g, self.affinity.scale, self.embed_dim, self.g.out_features)
         else:
             a, right = self.affinity.operator(q, k)
@@ -279,12 +306,16 @@ class NonlocalStage(_Nonlocal):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
         tokens = _positions(x)
-        if not self.merged:
+        if self.literal:
             return x + _grid(self._plain(self.relate(tokens), tokens), x)
         if not torch.jit.is_scripting():
             if self.affinity.softmax and not _only_plain_tensor_code(x):
                 return _grid(self._fused(tokens), x)
         return x + _grid(self._merged(tokens), x)
+
+    def _plain_maps(self) -> bool:
+        return all(type(block) is SubBlock and not hooked(block) and is_plain(block.g) and is_plain(block.z)
+                   for block in self.sub_blocks)
 
     def _plain(self, a: Tensor, x: Tensor) -> Tensor:
         """Zᵏ - X as the paper writes it. a (B, M, M), x (B, M, C)."""
