@@ -40,4 +40,4 @@ def is_plain(module: nn.Module | None) -> bool:
 
 def transforming() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is going on."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -255,7 +255,8 @@ def _differentiate(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None,
 
 
 def _refuse(ctx: Any, *_: Any) -> None:
-    raise RuntimeError('nonlocal blocks have no second derivative in their merged form: use merged=False')
+    raise RuntimeError('nonlocal blocks have no second derivative in their merged form: use merged=False, '
+                       'or torch.func, whose transforms have all')
 
 
 _stage.register_autograd(_differentiate, setup_context=_save)
