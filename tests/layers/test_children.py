@@ -4,14 +4,14 @@ import copy
 import warnings
 
 import pytest
+import timm
 import torch
 import torch.nn.modules.module as torch_module
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_nonlocal import NonlocalBlock, NonlocalStage
-from timm_nonlocal.layers import memory
+from timm_nonlocal import NonlocalBlock, NonlocalBlocks, NonlocalStage
 
 C, NAMES = 8, ('theta', 'phi', 'g', 'z')
 MAKE = pytest.mark.parametrize('make', [
@@ -106,3 +106,151 @@ def test_changed_children(make, change, training):
     x = image()
     for a, b in zip(results(merged.train(training), x), results(literal.train(training), x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@MAKE
+@pytest.mark.parametrize('change', [lambda layer: None, parametrizations.spectral_norm, parametrizations.weight_norm],
+                         ids=['plain', 'spectral norm', 'weight norm'])
+def test_plain_children_stay_merged(make, change):
+    assert not everywhere(make(), touched(change)).literal
+
+
+@MAKE
+@pytest.mark.parametrize('names', [['theta'], ['affinity'], ['sub_blocks.1', 'sub_blocks.1.z', 'z']], ids=str)
+@pytest.mark.parametrize('hook', ['register_forward_hook', 'register_forward_pre_hook', 'global'])
+def test_hooks_fire_as_often_as_with_the_literal_formula(make, names, hook):
+    calls = []
+    for merged in (True, False):
+        module, fired = make(merged=merged), []
+        children = [child for name, child in module.named_modules() if name in names]
+        handles = [torch_module.register_module_forward_hook(lambda child, *_, fired=fired: fired.append(child))] \
+            if hook == 'global' else [getattr(child, hook)(lambda child, *_, fired=fired: fired.append(child))
+                                      for child in children]
+        module(image())
+        for handle in handles:
+            handle.remove()
+        calls.append([type(child).__name__ for child in fired])
+    assert calls[0] == calls[1] and len(calls[0]) >= len(children) > 0
+
+
+def test_torchs_counter_sees_the_operator():
+    """Its hooks on all modules only note names."""
+    with FlopCounterMode(display=False) as counter:
+        NonlocalStage(C, 2)(torch.randn(2, C, 4, 3))
+    assert torch.ops.timm_nonlocal.stage in counter.get_flop_counts()['Global']
+
+
+def test_widths_and_kinds_that_differ():
+    """Structural pruning; embeddings of which one was taken out."""
+    def narrow(module):
+        module.sub_blocks[1].g = nn.Linear(C, 2, bias=False, dtype=torch.float64)
+        module.sub_blocks[1].z = nn.Linear(2, C, bias=False, dtype=torch.float64)
+
+    for options, change in [({}, narrow), (dict(inner_dim=C), lambda module: setattr(module, 'phi', nn.Identity())),
+                            (dict(inner_dim=C), lambda module: setattr(module, 'theta', nn.Identity()))]:
+        found = []
+        for merged in (True, False):
+            torch.manual_seed(1)
+            module = NonlocalStage(C, 2, merged=merged, dtype=torch.float64, **options)
+            change(module)
+            torch.manual_seed(2)
+            found.append(results(module, image()))
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('to_graph', [
+    lambda module, x: torch.jit.trace(module, x), lambda module, x: torch.fx.symbolic_trace(module),
+    lambda module, x: torch.export.export(module, (x,)).module(),
+    lambda module, x: torch.compile(module, backend='eager', fullgraph=True),
+], ids=['trace', 'fx', 'export', 'compile'])
+@pytest.mark.parametrize('name', ['pruned', 'with a bias', 'forward of its own', 'parametrised spectral norm'])
+def test_graphs_of_changed_children(to_graph, name):
+    torch.compiler.reset()
+    for make in (lambda **options: NonlocalStage(C, 2, dtype=torch.float64, **options),
+                 lambda **options: NonlocalBlock(C, dtype=torch.float64, **options)):
+        (merged, literal), x = changed(make, CHANGES[name]), image()
+        with torch.no_grad():
+            torch.testing.assert_close(to_graph(merged.eval(), x)(x), literal.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', ['wrapped', 'with a bias'])
+def test_torchscript_of_changed_children(name):
+    (merged, literal), x = changed(lambda **options: NonlocalStage(C, 2, dtype=torch.float64, **options),
+                                   CHANGES[name]), image()
+    torch.testing.assert_close(torch.jit.script(merged)(x), literal(x), rtol=1e-10, atol=1e-10)
+
+
+NETWORKS = pytest.mark.parametrize('name', ['preresnet20_nl_proposed_k2', 'preresnet20_nl_original_k2'])
+
+
+@NETWORKS
+@pytest.mark.parametrize('targets', [['theta', 'phi'], ['g', 'z']], ids=str)
+def test_lora(name, targets):
+    """Nothing changes before training, and every adapter learns."""
+    peft = pytest.importorskip('peft', reason='peft is not installed')
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 8, 8)
+    before = model(x)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=4)).eval()
+    torch.testing.assert_close(adapted(x), before, rtol=1e-5, atol=1e-5)
+    adapted(x).square().sum().backward()
+    learning = {key: p.grad.abs().max().item() for key, p in adapted.named_parameters() if 'lora_B' in key}
+    assert len(learning) == 4 if 'z' in targets or 'original' in name else len(learning) == 2
+    assert min(learning.values()) > 0, learning
+
+
+@NETWORKS
+def test_regions_compiled_by_accelerate(name):
+    accelerate = pytest.importorskip('accelerate.utils', reason='accelerate is not installed')
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(accelerate.compile_regions(model, backend='eager')(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@NETWORKS
+@pytest.mark.filterwarnings('ignore')
+def test_dynamic_quantisation(name):
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 8, 8)
+    y = model(x)
+    error = (torch.ao.quantization.quantize_dynamic(copy.deepcopy(model))(x) - y).norm() / y.norm()
+    assert 0 < error < 0.1
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('whole', [False, True])
+def test_sharded_sub_blocks(tmp_path, whole):
+    """FSDP2 in a group of one process: each sub-block a unit of its own, and the stage around them."""
+    fsdp = pytest.importorskip('torch.distributed.fsdp')
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (1,))
+        for make in (NonlocalStage, NonlocalBlocks):
+            module, x = make(C, 2, dtype=torch.float64), image()
+            y = module(x)
+            gradients = torch.autograd.grad(y.square().sum(), list(module.parameters()))
+            for unit in [*module.sub_blocks, *([module] if whole else [])]:
+                fsdp.fully_shard(unit, mesh=mesh)
+            for _ in range(2):
+                module.zero_grad()
+                sharded = module(x)
+                sharded.square().sum().backward()
+                torch.testing.assert_close(sharded, y, rtol=1e-10, atol=1e-10)
+            for parameter, expected in zip(module.parameters(), gradients, strict=True):
+                found = parameter.grad
+                torch.testing.assert_close(found.full_tensor() if hasattr(found, 'full_tensor') else found, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('make', [NonlocalStage, NonlocalBlock])
+def test_weights_on_another_device(make):
+    """One line; children that fetch their weight when called, as accelerate's, are right."""
+    x, module = torch.randn(1, C, 2, 2), make(C)
+    expected = module(x)
+    for child in [child for child in module.modules() if type(child) is nn.Linear]:
+        weight, child.weight = child.weight, nn.Parameter(child.weight.to('meta'))
+        child.away = weight
+    with pytest.raises(RuntimeError, match='^x is on the device cpu and the weights are on meta: move one'):
+        module(x)
+    for child in [child for child in module.modules() if type(child) is nn.Linear]:
+        child.forward = lambda x, child=child: nn.functional.linear(x, child.away)
+    torch.testing.assert_close(module(x), expected)

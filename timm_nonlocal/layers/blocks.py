@@ -132,7 +132,9 @@ class _Nonlocal(nn.Module):
             return True
         if type(self.theta) is nn.Identity:
             return hooked(self.theta) or self.phi is not None or not self._plain_maps()
-        return not (is_plain(self.theta) and (self.phi is None or is_plain(self.phi)) and self._plain_maps())
+        return not (is_plain(self.theta) and (self.phi is None or is_plain(self.phi)
+                                              and self.phi.out_features == self.theta.out_features)
+                    and self._plain_maps())
 
     def _plain_maps(self) -> bool:
         """Whether W_g and W_Z are all that there is to their layers."""
@@ -315,7 +317,7 @@ class NonlocalStage(_Nonlocal):
 
     def _plain_maps(self) -> bool:
         return all(type(block) is SubBlock and not hooked(block) and is_plain(block.g) and is_plain(block.z)
-                   for block in self.sub_blocks)
+                   and block.g.out_features == self.sub_blocks[0].g.out_features for block in self.sub_blocks)
 
     def _plain(self, a: Tensor, x: Tensor) -> Tensor:
         """Zᵏ - X as the paper writes it. a (B, M, M), x (B, M, C)."""

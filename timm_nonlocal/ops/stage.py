@@ -91,7 +91,7 @@ def nonlocal_stage(
     Raises:
         TypeError: x and the weights differ in dtype outside autocast.
         ValueError: an unknown formulation, or a backend that is unknown or does not take the case.
-        RuntimeError: it is differentiated twice.
+        RuntimeError: x and the weights are on different devices, or it is differentiated twice.
 
     Example:
         >>> x, w_g, w_z = torch.randn(2, 9, 4), torch.randn(2, 4), torch.randn(4, 2)
@@ -100,6 +100,8 @@ def nonlocal_stage(
         True
     """
     w_in, w_out = torch.cat([*embeddings, *w_g]), torch.cat(w_z, dim=1)
+    if x.device != w_in.device:
+        raise RuntimeError(f'x is on the device {x.device} and the weights are on {w_in.device}: move one to the other')
     device = x.device.type
     if torch.is_autocast_enabled(device) and w_in.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)

@@ -1,0 +1,111 @@
+"""Derivatives by `torch.func`, by forward mode and by `torch.autograd.functional`, against the literal formula's."""
+
+import pytest
+import timm
+import torch
+from torch.autograd import forward_ad, functional
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+
+from timm_nonlocal import NonlocalBlock, NonlocalStage
+
+C = 4
+MAKE = pytest.mark.parametrize('make', [
+    lambda: NonlocalStage(C, 2),
+    lambda: NonlocalStage(C, 2, recompute=True, affinity='gaussian'),
+    lambda: NonlocalStage(C, 2, symmetric=True, stable=True),
+    lambda: NonlocalStage(C, 2, affinity='positive_dot_product'),
+    lambda: NonlocalBlock(C),
+    lambda: NonlocalBlock(C, affinity='concatenation'),
+], ids=['stage', 'recompute', 'stable', 'dot product', 'block', 'concatenation'])
+
+
+def cubes(f):
+    return lambda x: (f(x) ** 3).sum()
+
+
+def dual(f, x, t):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, t))).tangent
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def as_literal(network, f):
+    """f() while every nonlocal module follows its equation, by plain autograd."""
+    modules = [module for module in network.modules() if isinstance(module, (NonlocalStage, NonlocalBlock))]
+    for module in modules:
+        module.merged = False
+    expected = f()
+    for module in modules:
+        module.merged = True
+    return expected
+
+
+@MAKE
+def test_jacobians(make):
+    module, x = make().double(), torch.randn(2, C, 2, 3, dtype=torch.float64)
+    t = torch.randn_like(x)
+    j = as_literal(module, lambda: functional.jacobian(module, x))  # (*x.shape, *x.shape)
+    for whole in (jacrev, jacfwd, lambda f: lambda x: functional.jacobian(f, x),
+                  lambda f: lambda x: functional.jacobian(f, x, vectorize=True),
+                  lambda f: lambda x: functional.jacobian(f, x, vectorize=True, strategy='forward-mode')):
+        close(whole(module)(x), j)
+    for forward in (jvp(module, (x,), (t,))[1], linearize(module, x)[1](t), dual(module, x, t)):
+        close(forward, torch.tensordot(j, t, 4))
+    for backward in (vjp(module, x)[1](t)[0], grad(lambda x: (module(x) * t).sum())(x)):
+        close(backward, torch.tensordot(t, j, 4))
+
+
+@MAKE
+def test_hessians(make):
+    module, x = make().double(), torch.randn(1, C, 2, 2, dtype=torch.float64)
+    expected = as_literal(module, lambda: functional.hessian(cubes(module), x))
+    close(hessian(cubes(module))(x), expected)
+    close(jacrev(jacrev(cubes(module)))(x), expected)
+
+
+@MAKE
+def test_many_at_once(make):
+    """`vmap`, and gradients by the parameters of every image."""
+    module, x = make().double(), torch.randn(3, C, 2, 3, dtype=torch.float64)
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters, image):
+        return functional_call(module, parameters, (image[None],)).square().sum()
+
+    close(vmap(lambda image: module(image[None])[0])(x), module(x))
+    each, whole = vmap(grad(loss), in_dims=(None, 0))(parameters, x), grad(loss)(parameters, x[0])
+    for i, image in enumerate(x):
+        gradients = as_literal(module, lambda image=image: torch.autograd.grad(
+            module(image[None]).square().sum(), list(parameters.values())))
+        for name, expected in zip(parameters, gradients, strict=True):
+            close(each[name][i], expected)
+            assert i or torch.allclose(whole[name], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', ['preresnet20_nl_proposed_k2', 'preresnet20_nl_original_k1'])
+def test_networks(name):
+    model = timm.create_model(name).eval().double()
+    x, t = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
+    gradient, = as_literal(model, lambda: functional.jacobian(lambda x: model(x).square().sum(), (x,)))
+    close(grad(lambda x: model(x).square().sum())(x), gradient)
+    y, dy = jvp(model, (x,), (t,))
+    close((2 * y * dy).sum(), (gradient * t).sum())
+    close(vmap(lambda image: model(image[None])[0])(x), model(x))
+
+
+@pytest.mark.parametrize(('make', 'transform'), [
+    (lambda: NonlocalStage(C, 2), jacrev), (lambda: NonlocalBlock(C), jacfwd),
+    (lambda: NonlocalStage(C, 2), lambda f: lambda x: dual(f, x, torch.ones_like(x))),
+], ids=['reverse', 'forward', 'dual'])
+def test_compiled_transforms(make, transform):
+    torch.compiler.reset()
+    module, x = make().double(), torch.randn(1, C, 2, 2, dtype=torch.float64)
+    close(torch.compile(transform(module), backend='aot_eager', fullgraph=True)(x), transform(module)(x))
+
+
+def test_the_second_derivative_of_plain_autograd_says_what_works():
+    with pytest.raises(RuntimeError, match='^nonlocal blocks have no second .*: use merged=False, or torch.func'):
+        functional.hessian(cubes(NonlocalStage(C, 2)), torch.randn(1, C, 2, 2))
