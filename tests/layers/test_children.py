@@ -203,7 +203,8 @@ def test_regions_compiled_by_accelerate(name):
     accelerate = pytest.importorskip('accelerate.utils', reason='accelerate is not installed')
     model, x = timm.create_model(name).eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(accelerate.compile_regions(model, backend='eager')(x), model(x), rtol=1e-5, atol=1e-5)
+        y = accelerate.compile_regions(model, backend='eager')(x)
+        torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
 
 
 @NETWORKS

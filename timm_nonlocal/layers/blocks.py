@@ -18,7 +18,7 @@ from torch.types import Device
 
 from ..ops.stage import nonlocal_stage
 from .affinity import affinity_class
-from .plain import global_hooks, hooked, is_plain, transforming
+from .plain import global_hooks, hooked, is_plain, only_tensor_code, transforming
 from .stable import make_stable
 
 __all__ = ['INITS', 'KINDS', 'NonlocalBlock', 'NonlocalBlocks', 'NonlocalStage', 'SubBlock']
@@ -58,18 +58,6 @@ def _positions(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
 
 
-def _only_plain_tensor_code(x: Tensor) -> bool:
-    """A graph is being made that other runtimes read, or a function transform is active: ours has rules for neither."""
-    return (isinstance(x, torch.fx.Proxy) or x.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting()
-            or transforming())
-
-
-def _transforming() -> bool:
-    if torch.jit.is_scripting():
-        return False
-    return transforming()
-
-
 def _grid(z: Tensor, like: Tensor) -> Tensor:
     return z.transpose(1, 2).reshape(like.shape)  # (B, M, C) -> (B, C, *grid)
 
@@ -101,8 +89,8 @@ class SubBlock(nn.Module):
 class _Nonlocal(nn.Module):
     """What block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
 
-    __constants__ = ['literal']  # as it is when TorchScript compiles the module
-    __jit_unused_properties__ = ['literal']
+    __constants__ = ('literal',)  # as it is when TorchScript compiles the module
+    __jit_unused_properties__ = ('literal',)
 
     def __init__(self, dim: int, inner_dim: Optional[int], *, affinity: str, symmetric: bool, scale: Optional[float],
                  normalize: Optional[str], init: str, merged: bool, dd: dict[str, Any]):
@@ -130,11 +118,11 @@ class _Nonlocal(nn.Module):
         """Whether to follow the paper's equation and call every child: asked for, or one is more than its weight."""
         if not self.merged or global_hooks() or hooked(self.affinity):
             return True
-        if type(self.theta) is nn.Identity:
-            return hooked(self.theta) or self.phi is not None or not self._plain_maps()
-        return not (is_plain(self.theta) and (self.phi is None or is_plain(self.phi)
-                                              and self.phi.out_features == self.theta.out_features)
-                    and self._plain_maps())
+        theta, phi = self.theta, self.phi
+        if type(theta) is nn.Identity:
+            return hooked(theta) or phi is not None or not self._plain_maps()
+        alike = phi is None or (is_plain(phi) and phi.out_features == theta.out_features)
+        return not (alike and is_plain(theta) and self._plain_maps())
 
     def _plain_maps(self) -> bool:
         """Whether W_g and W_Z are all that there is to their layers."""
@@ -197,14 +185,14 @@ class NonlocalBlock(_Nonlocal):
         """(B, C, *grid) to (B, C, *grid)."""
         tokens = _positions(x)
         if not torch.jit.is_scripting():
-            if not self.literal and self.affinity.softmax and not _only_plain_tensor_code(x):
+            if not self.literal and self.affinity.softmax and not only_tensor_code(x):
                 return _grid(nonlocal_stage(tokens, self.embedding_weights(), [self.g.weight], [self.z.weight],
                                             scale=self.affinity.scale, formulation='original'), x)
         q, k = self.embed(tokens)
         g = self.g(tokens)  # (B, M, C')
         if self.literal:
             mixed = self.affinity.aggregate(self.affinity(q, k), g)
-        elif self.affinity.softmax and not _transforming():  # attention has no forward mode
+        elif self.affinity.softmax and not transforming():  # attention has no forward mode
             mixed = _attend(q, k, g, self.affinity.scale, self.embed_dim, self.g.out_features)
         else:
             a, right = self.affinity.operator(q, k)
@@ -311,13 +299,17 @@ class NonlocalStage(_Nonlocal):
         if self.literal:
             return x + _grid(self._plain(self.relate(tokens), tokens), x)
         if not torch.jit.is_scripting():
-            if self.affinity.softmax and not _only_plain_tensor_code(x):
+            if self.affinity.softmax and not only_tensor_code(x):
                 return _grid(self._fused(tokens), x)
         return x + _grid(self._merged(tokens), x)
 
     def _plain_maps(self) -> bool:
-        return all(type(block) is SubBlock and not hooked(block) and is_plain(block.g) and is_plain(block.z)
-                   and block.g.out_features == self.sub_blocks[0].g.out_features for block in self.sub_blocks)
+        widths = set()
+        for block in self.sub_blocks:
+            if type(block) is not SubBlock or hooked(block) or not is_plain(g := block.g) or not is_plain(block.z):
+                return False
+            widths.add(g.out_features)
+        return len(widths) == 1  # structural pruning makes them differ
 
     def _plain(self, a: Tensor, x: Tensor) -> Tensor:
         """Zᵏ - X as the paper writes it. a (B, M, M), x (B, M, C)."""

@@ -1,4 +1,4 @@
-"""When a module is no more than its weight, so that whoever reads the weight need not call the module."""
+"""When a module is no more than its weight, which can then be read instead, and when our operator may be called."""
 
 import torch
 import torch.nn.modules.module as torch_module
@@ -7,7 +7,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils.module_tracker import ModuleTracker
 
-__all__ = ['global_hooks', 'hooked', 'is_plain', 'transforming']
+__all__ = ['global_hooks', 'hooked', 'is_plain', 'only_tensor_code', 'transforming']
 
 TENSORS = Tensor, nn.Parameter, FakeTensor  # others, such as DTensor, bring rules of their own
 
@@ -26,12 +26,12 @@ def global_hooks() -> bool:
         for hook in hooks.values())
 
 
-def is_plain(module: nn.Module | None) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether it is an `nn.Linear` without bias, perhaps parametrised, and its call is x Wᵀ and nothing else."""
-    kind = type(module)
+    kind, own = type(module), module._parameters
     if kind is nn.Linear:
-        weight = module._parameters.get('weight', module.__dict__.get('weight'))
-        return module.bias is None and type(weight) in TENSORS and not hooked(module)
+        weight = own['weight'] if 'weight' in own else module.__dict__.get('weight')
+        return type(weight) in TENSORS and module.bias is None and not hooked(module)
     if kind.__bases__ == (nn.Linear,) and 'parametrizations' in module._modules:  # torch's class for this one module
         return (module.bias is None and not hooked(module)
                 and all(type(tensor) in TENSORS for tensor in module.parameters()))
@@ -40,4 +40,12 @@ def is_plain(module: nn.Module | None) -> bool:
 
 def transforming() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is going on."""
+    if torch.jit.is_scripting():
+        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def only_tensor_code(x: Tensor) -> bool:
+    """A graph is being made that other runtimes read, or a function transform is active: ours has rules for neither."""
+    return (isinstance(x, torch.fx.Proxy) or x.is_meta or torch.jit.is_tracing() or torch.compiler.is_exporting()
+            or transforming())
