@@ -18,41 +18,11 @@ from torch.types import Device
 
 from ..ops.stage import nonlocal_stage
 from .affinity import affinity_class
+from .maps import INITS, SubBlock, half, linear, positive
 from .plain import global_hooks, hooked, is_plain, only_tensor_code, transforming
 from .stable import make_stable
 
 __all__ = ['INITS', 'KINDS', 'NonlocalBlock', 'NonlocalBlocks', 'NonlocalStage', 'SubBlock']
-
-INITS = ('xavier_normal', 'kaiming_normal', 'torch', 'normal', 'zero')
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'{name}={value!r}: it must be a whole number of at least 1')
-    return value
-
-
-def _half(dim: int) -> int:
-    if _positive('dim', dim) % 2:
-        raise ValueError(f"dim={dim} is odd, so that C' = dim/2 is not whole: use an even dim, or give inner_dim")
-    return dim // 2
-
-
-def _linear(dim: int, out_dim: int, init: str, dd: dict[str, Any]) -> nn.Linear:
-    """A bias-free map whose weight is drawn by one of INITS ('zero' is for W_Z alone)."""
-    linear = nn.Linear(dim, out_dim, bias=False, **dd)  # torch's own draw
-    if init == 'xavier_normal':
-        nn.init.xavier_normal_(linear.weight)
-    elif init == 'kaiming_normal':
-        nn.init.kaiming_normal_(linear.weight, mode='fan_out', nonlinearity='relu')
-    elif init == 'normal':
-        nn.init.normal_(linear.weight, std=0.01)
-    elif init == 'zero':
-        nn.init.zeros_(linear.weight)
-    elif init != 'torch':
-        raise ValueError(f'init={init!r} is unknown: use one of {", ".join(INITS)}')
-    return linear
-
 
 def _positions(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
@@ -71,21 +41,6 @@ def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float, dim: int, inner: int)
     return mixed.squeeze(1)[:, :, :inner]
 
 
-class SubBlock(nn.Module):
-    """The weight W = W_Z W_g of one block or sub-block: `g` is W_g, (C', C), and `z` is W_Z, (C, C')."""
-
-    def __init__(self, dim: int, inner_dim: int, init: str = 'xavier_normal', device: Device = None,
-                 dtype: Optional[torch.dtype] = None):
-        super().__init__()
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.g = _linear(dim, inner_dim, 'xavier_normal' if init == 'zero' else init, dd)
-        self.z = _linear(inner_dim, dim, init, dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X Wᵀ, (B, M, C) to (B, M, C)."""
-        return self.z(self.g(x))
-
-
 class _Nonlocal(nn.Module):
     """What block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
 
@@ -95,11 +50,11 @@ class _Nonlocal(nn.Module):
     def __init__(self, dim: int, inner_dim: Optional[int], *, affinity: str, symmetric: bool, scale: Optional[float],
                  normalize: Optional[str], init: str, merged: bool, dd: dict[str, Any]):
         super().__init__()
-        inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
+        inner_dim = half(dim) if inner_dim is None else positive('inner_dim', inner_dim)
         kernel = affinity_class(affinity)
         draw = 'xavier_normal' if init == 'zero' else init
-        self.theta = _linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
-        self.phi = _linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
+        self.theta = linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
+        self.phi = linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
         self.embed_dim = inner_dim if kernel.embedded else dim
         self.affinity = kernel(self.embed_dim, symmetric, scale=scale, normalize=normalize, **dd)
         self.inner_dim, self.merged = inner_dim, merged
@@ -146,7 +101,8 @@ class NonlocalBlock(_Nonlocal):
         scale: factor on the kernel's inner product; None takes the kernel's default (1/√C' for the Gaussians).
         normalize: 'row_sum', 'positions' or None for the kernel's own.
         init: how θ, φ, W_g and W_Z are drawn, one of `INITS`; 'zero' zeroes W_Z, so that the block is the identity.
-        merged: apply A without writing it out where the kernel allows it (exact); False follows eq. (1) literally.
+        merged: apply A without writing it out where the kernel allows it (exact), as long as every layer is a plain
+            one (`literal`); False follows eq. (1) literally.
 
     Raises:
         ValueError: an odd dim without inner_dim, an unknown name, or a normaliser that the kernel does not have.
@@ -218,7 +174,7 @@ class NonlocalBlocks(nn.Module):
 
     def __init__(self, dim: int, k: int = 1, **kwargs: Any):
         super().__init__()
-        self.sub_blocks = nn.Sequential(*(NonlocalBlock(dim, **kwargs) for _ in range(_positive('k', k))))
+        self.sub_blocks = nn.Sequential(*(NonlocalBlock(dim, **kwargs) for _ in range(positive('k', k))))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
@@ -233,7 +189,7 @@ class NonlocalStage(_Nonlocal):
         dim: C, the number of channels.
         k: the number of sub-blocks, at least 1.
         merged: compute with everything inside the stage C' wide and A not written out where the kernel allows it
-            (exact); False follows eq. (8) literally.
+            (exact), as long as every layer is a plain one (`literal`); False follows eq. (8) literally.
         recompute: keep only the stage's input for the backward pass, which then takes the time of a forward pass
             more (merged stages with a softmax affinity, which keep no M×M matrix in any case).
         stable: weights with which no sub-block can amplify ‖Z‖ in the norm that A is symmetric in, at no loss of
@@ -275,7 +231,7 @@ class NonlocalStage(_Nonlocal):
         super().__init__(dim, inner_dim, affinity=affinity, symmetric=symmetric, scale=scale, normalize=normalize,
                          init=init, merged=merged, dd=dd)
         self.sub_blocks = nn.ModuleList(  # type: ignore[assignment]
-            SubBlock(dim, self.inner_dim, init, **dd) for _ in range(_positive('k', k)))
+            SubBlock(dim, self.inner_dim, init, **dd) for _ in range(positive('k', k)))
         self.recompute = recompute
         if stable:
             self._refuse_unstable(affinity, symmetric)
