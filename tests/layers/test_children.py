@@ -1,208 +1,257 @@
-"""What works through a child's call, or puts another child there, works in the merged form too."""
+"""Children that are more than their weight: what a merged module gives with them is what the literal formula gives."""
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+import torch.nn.modules.module as torch_module
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_nonlocal import NonlocalBlock, NonlocalBlocks, NonlocalStage
-from timm_nonlocal.layers.dispatch import is_map
 
-MAKE: dict[str, Callable[..., nn.Module]] = {
-    'stage': lambda **kwargs: NonlocalStage(8, 2, **kwargs),
-    'block': lambda **kwargs: NonlocalBlocks(8, 2, **kwargs),
-    'dot product': lambda **kwargs: NonlocalStage(8, 2, affinity='dot_product', **kwargs),
-}
-NAMES = 'theta', 'phi', 'g', 'z'
-
-
-class Wrapper(nn.Module):
-    """As libraries put it around a layer."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + 1
+C, NAMES = 8, ('theta', 'phi', 'g', 'z')
+MAKE = pytest.mark.parametrize('make', [
+    lambda **options: NonlocalStage(C, 2, dtype=torch.float64, **options),
+    lambda **options: NonlocalStage(C, 2, affinity='dot_product', symmetric=True, dtype=torch.float64, **options),
+    lambda **options: NonlocalBlock(C, dtype=torch.float64, **options),
+], ids=['stage', 'dot product', 'block'])
 
 
-def holder_of(module: nn.Module, name: str) -> Any:
-    """The module of a nonlocal module that has a child of this name, the first one."""
-    return next(part for part in module.modules() if name in part._modules)
+def image():
+    return torch.randn(2, C, 4, 3, dtype=torch.float64)
 
 
-def put(child: Callable[[nn.Module], nn.Module]) -> Callable[[Any, str], None]:
-    return lambda holder, name: setattr(holder, name, child(getattr(holder, name)))
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
-def with_bias(layer: nn.Module) -> nn.Module:
-    layer.bias = nn.Parameter(torch.randn(layer.weight.shape[0], dtype=layer.weight.dtype))  # type: ignore
-    return layer
-
-
-def override(holder: Any, name: str) -> None:
-    """As accelerate's hooks do it."""
-    layer = getattr(holder, name)
-    forward = layer.forward
-    layer.forward = lambda x: 2 * forward(x)
-
-
-CHANGES: dict[str, Callable[[Any, str], Any]] = {
-    'spectral_norm': lambda holder, name: spectral_norm(getattr(holder, name)),
-    'spectral_norm, parametrised': lambda holder, name: parametrizations.spectral_norm(getattr(holder, name)),
-    'weight_norm': lambda holder, name: weight_norm(getattr(holder, name)),
-    'weight_norm, parametrised': lambda holder, name: parametrizations.weight_norm(getattr(holder, name)),
-    'prune': lambda holder, name: prune.random_unstructured(getattr(holder, name), 'weight', 0.5),
-    'identity wrapper': put(nn.Sequential),
-    'wrapper': put(Wrapper),
-    'bias': put(with_bias),
-    'forward': override,
-    'hook': lambda holder, name: getattr(holder, name).register_forward_hook(lambda *args: 3 * args[-1]),
-    'backward hook': lambda holder, name: getattr(holder, name).register_full_backward_hook(
-        lambda _, given, __: tuple(2 * gradient for gradient in given)),
-}
-
-
-def results(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output and all gradients of two steps, in eval mode so that power iterations stand still."""
-    found = []
-    for _ in range(2):
-        x = x.detach().requires_grad_()
-        module.zero_grad()
-        z = module.eval()(x)
-        z.square().mean().backward()
-        found += [z, x.grad, *(parameter.grad for parameter in module.parameters() if parameter.grad is not None)]
-    return found
-
-
-def literal(module: nn.Module) -> nn.Module:
-    """A copy that follows the equations."""
-    module = copy.deepcopy(module)
-    for part in module.modules():
-        if isinstance(part, NonlocalBlock | NonlocalStage):
-            part.merged = False
+def everywhere(module, change):
+    """Changes every child with a weight: `change(parent, name)`."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and name in NAMES:
+                change(parent, name)
     return module
 
 
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('change', CHANGES)
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('kind', MAKE)
-def test_a_changed_child_is_not_passed_by(kind: str, name: str, change: str) -> None:
-    torch.manual_seed(0)
-    module, x = MAKE[kind]().double(), torch.randn(2, 8, 3, 4, dtype=torch.float64)
-    plain = MAKE[kind](merged=False).double()
-    plain.load_state_dict(module.state_dict())
-    before = module(x)
-    for each in (module, plain):
+def replaced(wrap):
+    return lambda parent, name: setattr(parent, name, wrap(getattr(parent, name)))
+
+
+def other(kind, **options):
+    """A layer of another kind with the same weight."""
+    def change(old):
+        new = kind(old.in_features, old.out_features, dtype=torch.float64, **options)
+        new.weight = old.weight
+        return new
+
+    return replaced(change)
+
+
+def touched(touch):
+    """The layer itself, once touched."""
+    return lambda parent, name: touch(getattr(parent, name))
+
+
+def shift(layer):
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) + 1  # as accelerate's hooks do
+
+
+CHANGES = {
+    'spectral norm': touched(nn.utils.spectral_norm),
+    'weight norm': touched(nn.utils.weight_norm),
+    'pruned': touched(lambda layer: prune.l1_unstructured(layer, 'weight', 0.5)),
+    'parametrised spectral norm': touched(parametrizations.spectral_norm),
+    'parametrised weight norm': touched(parametrizations.weight_norm),
+    'wrapped': replaced(nn.Sequential),
+    'with a bias': other(nn.Linear),
+    'subclass': other(Doubled, bias=False),
+    'forward of its own': touched(shift),
+    'forward hook': touched(lambda layer: layer.register_forward_hook(lambda layer, args, y: y + 1)),
+    'forward pre-hook': touched(lambda layer: layer.register_forward_pre_hook(lambda layer, args: (args[0] + 1,))),
+    'backward hook': touched(lambda layer: layer.register_full_backward_hook(lambda layer, dx, dy: (3 * dx[0],))),
+}
+
+
+def changed(make, change, **options):
+    """The module with and without `merged`, both changed in the same way."""
+    modules = []
+    for merged in (True, False):
         torch.manual_seed(1)
-        CHANGES[change](holder_of(each, name), name)
-    found, expected = results(module, x), results(plain, x)
-    assert len(found) == len(expected) >= 2 * (2 + 5)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-    the_same = change in ('identity wrapper', 'backward hook') or change.startswith('weight_norm') or (
-        name == 'phi' and change in ('wrapper', 'bias') and kind != 'dot product')  # a softmax does not see a shift
-    assert torch.allclose(found[0], before, atol=1e-8) == the_same
+        with warnings.catch_warnings(action='ignore'):  # of what torch calls old
+            modules.append(everywhere(make(merged=merged, **options), change))
+    return modules
 
 
-@pytest.mark.parametrize('kind', MAKE)
-def test_hooks_fire_once_a_call(kind: str) -> None:
-    module, fired = MAKE[kind](), []
-    names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) or 'affinity' in name]
-    for name in names:
-        module.get_submodule(name).register_forward_hook(lambda *_, name=name: fired.append(name))
-    module(torch.randn(1, 8, 3, 3))
-    assert sorted(fired) == sorted(names) and len(names) >= 7
+def results(module, x, steps=2):
+    """Outputs, and gradients of x and the parameters, over two backward passes."""
+    found, x = [], x.clone().requires_grad_()
+    for _ in range(steps):
+        y = module(x)
+        found += [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
+    return found
 
 
-def test_plain_children_are_read_and_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also parametrised ones; no M×M matrix is made then."""
-    for module in (NonlocalStage(8, 2), NonlocalBlock(8), NonlocalStage(8, 2, symmetric=True, stable=True)):
-        x = torch.randn(1, 8, 3, 3)
-        assert module.only_maps(x)
-        monkeypatch.setattr(type(module.affinity), 'forward', None)
-        assert module(x).shape == x.shape
-        monkeypatch.undo()
+@MAKE
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize('training', [True, False])
+def test_changed_children(make, change, training):
+    merged, literal = changed(make, change)
+    x = image()
+    for a, b in zip(results(merged.train(training), x), results(literal.train(training), x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-def test_quantized() -> None:
-    model = timm.create_model('preresnet20_nl_proposed_k2').eval()
-    x = torch.randn(2, 3, 8, 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
-    assert 'dynamic' in type(quantized.layer1.nl.theta).__module__
-    features, found = model.forward_features(x), quantized.forward_features(x)
-    assert 0 < (found - features).norm() / features.norm() < 0.05
+@MAKE
+@pytest.mark.parametrize('change', [lambda layer: None, parametrizations.spectral_norm, parametrizations.weight_norm],
+                         ids=['plain', 'spectral norm', 'weight norm'])
+def test_plain_children_stay_merged(make, change):
+    assert not everywhere(make(), touched(change)).literal
 
 
-def test_adapters() -> None:
-    peft = pytest.importorskip('peft')
-    for names in (['theta', 'phi'], ['g', 'z']):
-        model = timm.create_model('preresnet20_nl_proposed_k2').eval()
-        x = torch.randn(2, 3, 8, 8)
-        before = model(x)
-        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=names, r=4, init_lora_weights=True)).eval()
-        torch.testing.assert_close(adapted(x), before, rtol=1e-4, atol=1e-5)
-        adapted(x).square().sum().backward()
-        gradients = [parameter.grad for name, parameter in adapted.named_parameters() if 'lora_B' in name]
-        assert len(gradients) in (2, 4) and all(gradient.abs().sum() > 0 for gradient in gradients)
+@MAKE
+@pytest.mark.parametrize('names', [['theta'], ['affinity'], ['sub_blocks.1', 'sub_blocks.1.z', 'z']], ids=str)
+@pytest.mark.parametrize('hook', ['register_forward_hook', 'register_forward_pre_hook', 'global'])
+def test_hooks_fire_as_often_as_with_the_literal_formula(make, names, hook):
+    calls = []
+    for merged in (True, False):
+        module, fired = make(merged=merged), []
+        children = [child for name, child in module.named_modules() if name in names]
+        handles = [torch_module.register_module_forward_hook(lambda child, *_, fired=fired: fired.append(child))] \
+            if hook == 'global' else [getattr(child, hook)(lambda child, *_, fired=fired: fired.append(child))
+                                      for child in children]
+        module(image())
+        for handle in handles:
+            handle.remove()
+        calls.append([type(child).__name__ for child in fired])
+    assert calls[0] == calls[1] and len(calls[0]) >= len(children) > 0
 
 
-def test_compiled_regions() -> None:
-    accelerate = pytest.importorskip('accelerate.utils')
-    model = timm.create_model('preresnet20_nl_proposed_k2').eval()
-    x = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(accelerate.compile_regions(model, backend='eager')(x), model(x), rtol=1e-4, atol=1e-5)
+def test_torchs_counter_sees_the_operator():
+    """Its hooks on all modules only note names."""
+    with FlopCounterMode(display=False) as counter:
+        NonlocalStage(C, 2)(torch.randn(2, C, 4, 3))
+    assert torch.ops.timm_nonlocal.stage in counter.get_flop_counts()['Global']
 
 
-@pytest.fixture
-def one_process(tmp_path: Any) -> Iterator[None]:
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def test_widths_and_kinds_that_differ():
+    """Structural pruning; embeddings of which one was taken out."""
+    def narrow(module):
+        module.sub_blocks[1].g = nn.Linear(C, 2, bias=False, dtype=torch.float64)
+        module.sub_blocks[1].z = nn.Linear(2, C, bias=False, dtype=torch.float64)
+
+    for options, change in [({}, narrow), (dict(inner_dim=C), lambda module: setattr(module, 'phi', nn.Identity())),
+                            (dict(inner_dim=C), lambda module: setattr(module, 'theta', nn.Identity()))]:
+        found = []
+        for merged in (True, False):
+            torch.manual_seed(1)
+            module = NonlocalStage(C, 2, merged=merged, dtype=torch.float64, **options)
+            change(module)
+            torch.manual_seed(2)
+            found.append(results(module, image()))
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.skipif(not dist.is_available(), reason='torch was built without torch.distributed')
-def test_sharded_sub_blocks(one_process: None) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    stage, x = NonlocalStage(8, 2), torch.randn(2, 8, 3, 4)
-    expected = results(copy.deepcopy(stage), x)
-    mesh = init_device_mesh('cpu', (1,))
-    for sub_block in stage.sub_blocks:
-        fully_shard(sub_block, mesh=mesh)
-    fully_shard(stage, mesh=mesh)
-    for a, b in zip(results(stage, x), expected, strict=True):
-        torch.testing.assert_close(getattr(a, 'full_tensor', lambda a=a: a)(), b, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize('to_graph', [
+    lambda module, x: torch.jit.trace(module, x), lambda module, x: torch.fx.symbolic_trace(module),
+    lambda module, x: torch.export.export(module, (x,)).module(),
+    lambda module, x: torch.compile(module, backend='eager', fullgraph=True),
+], ids=['trace', 'fx', 'export', 'compile'])
+@pytest.mark.parametrize('name', ['pruned', 'with a bias', 'forward of its own', 'parametrised spectral norm'])
+def test_graphs_of_changed_children(to_graph, name):
+    torch.compiler.reset()
+    for make in (lambda **options: NonlocalStage(C, 2, dtype=torch.float64, **options),
+                 lambda **options: NonlocalBlock(C, dtype=torch.float64, **options)):
+        (merged, literal), x = changed(make, CHANGES[name]), image()
+        with torch.no_grad():
+            torch.testing.assert_close(to_graph(merged.eval(), x)(x), literal.eval()(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize('way', ['compile', 'trace', 'fx', 'script'])
-def test_graphs_of_changed_children(way: str) -> None:
-    for module in (NonlocalStage(8, 2), NonlocalBlock(8)):
-        x = torch.randn(1, 8, 3, 3)
-        holder_of(module, 'g').g = nn.Sequential(nn.Linear(8, 4))  # with a bias
-        make: dict[str, Callable[[nn.Module], Any]] = {
-            'compile': lambda module: torch.compile(module, backend='eager', fullgraph=True),
-            'trace': lambda module: torch.jit.trace(module, torch.randn(1, 8, 3, 3)),
-            'fx': torch.fx.symbolic_trace, 'script': torch.jit.script}
-        torch.testing.assert_close(make[way](module)(x), literal(module)(x), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize('name', ['wrapped', 'with a bias'])
+def test_torchscript_of_changed_children(name):
+    (merged, literal), x = changed(lambda **options: NonlocalStage(C, 2, dtype=torch.float64, **options),
+                                   CHANGES[name]), image()
+    torch.testing.assert_close(torch.jit.script(merged)(x), literal(x), rtol=1e-10, atol=1e-10)
 
 
-def test_weights_kept_elsewhere() -> None:
-    """Offloaded weights come when their layer is called, and are nowhere before."""
-    accelerate = pytest.importorskip('accelerate')
-    stage, x = NonlocalStage(8, 2), torch.randn(1, 8, 3, 3)
-    expected = stage(x)
-    offloaded = accelerate.cpu_offload(copy.deepcopy(stage), torch.device('cpu'))
-    assert offloaded.theta.weight.is_meta and not is_map(offloaded.theta, x)
-    torch.testing.assert_close(offloaded(x), expected, rtol=1e-4, atol=1e-6)
+NETWORKS = pytest.mark.parametrize('name', ['preresnet20_nl_proposed_k2', 'preresnet20_nl_original_k2'])
+
+
+@NETWORKS
+@pytest.mark.parametrize('targets', [['theta', 'phi'], ['g', 'z']], ids=str)
+def test_lora(name, targets):
+    """Nothing changes before training, and every adapter learns."""
+    peft = pytest.importorskip('peft', reason='peft is not installed')
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 8, 8)
+    before = model(x)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=4)).eval()
+    torch.testing.assert_close(adapted(x), before, rtol=1e-5, atol=1e-5)
+    adapted(x).square().sum().backward()
+    learning = {key: p.grad.abs().max().item() for key, p in adapted.named_parameters() if 'lora_B' in key}
+    assert len(learning) == 4 if 'z' in targets or 'original' in name else len(learning) == 2
+    assert min(learning.values()) > 0, learning
+
+
+@NETWORKS
+def test_regions_compiled_by_accelerate(name):
+    accelerate = pytest.importorskip('accelerate.utils', reason='accelerate is not installed')
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        y = accelerate.compile_regions(model, backend='eager')(x)
+        torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
+
+
+@NETWORKS
+@pytest.mark.filterwarnings('ignore')
+def test_dynamic_quantisation(name):
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, 8, 8)
+    y = model(x)
+    error = (torch.ao.quantization.quantize_dynamic(copy.deepcopy(model))(x) - y).norm() / y.norm()
+    assert 0 < error < 0.1
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('whole', [False, True])
+def test_sharded_sub_blocks(tmp_path, whole):
+    """FSDP2 in a group of one process: each sub-block a unit of its own, and the stage around them."""
+    fsdp = pytest.importorskip('torch.distributed.fsdp')
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh('cpu', (1,))
+        for make in (NonlocalStage, NonlocalBlocks):
+            module, x = make(C, 2, dtype=torch.float64), image()
+            y = module(x)
+            gradients = torch.autograd.grad(y.square().sum(), list(module.parameters()))
+            for unit in [*module.sub_blocks, *([module] if whole else [])]:
+                fsdp.fully_shard(unit, mesh=mesh)
+            for _ in range(2):
+                module.zero_grad()
+                sharded = module(x)
+                sharded.square().sum().backward()
+                torch.testing.assert_close(sharded, y, rtol=1e-10, atol=1e-10)
+            for parameter, expected in zip(module.parameters(), gradients, strict=True):
+                found = parameter.grad
+                torch.testing.assert_close(found.full_tensor() if hasattr(found, 'full_tensor') else found, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('make', [NonlocalStage, NonlocalBlock])
+def test_weights_on_another_device(make):
+    """One line; children that fetch their weight when called, as accelerate's, are right."""
+    x, module = torch.randn(1, C, 2, 2), make(C)
+    expected = module(x)
+    for child in [child for child in module.modules() if type(child) is nn.Linear]:
+        weight, child.weight = child.weight, nn.Parameter(child.weight.to('meta'))
+        child.away = weight
+    with pytest.raises(RuntimeError, match='^x is on the device cpu and the weights are on meta: move one'):
+        module(x)
+    for child in [child for child in module.modules() if type(child) is nn.Linear]:
+        child.forward = lambda x, child=child: nn.functional.linear(x, child.away)
+    torch.testing.assert_close(module(x), expected)

@@ -1,108 +1,107 @@
-"""Derivatives of every kind: transforms of torch.func, forward mode, and gradients of gradients."""
-
-from collections.abc import Callable
-from typing import Any
+"""Derivatives by `torch.func`, by forward mode and by `torch.autograd.functional`, against the literal formula's."""
 
 import pytest
 import timm
 import torch
-import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.autograd import forward_ad, functional
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from timm_nonlocal import NonlocalBlock, NonlocalStage
 
-MAKE: dict[str, Callable[..., nn.Module]] = {
-    'stage': lambda **kwargs: NonlocalStage(4, 3, **kwargs),
-    'block': lambda **kwargs: NonlocalBlock(4, **kwargs),
-    'gaussian': lambda **kwargs: NonlocalBlock(4, affinity='gaussian', **kwargs),
-    'stable': lambda **kwargs: NonlocalStage(4, 3, symmetric=True, stable=True, **kwargs),
-    'dot product': lambda **kwargs: NonlocalStage(4, 2, affinity='dot_product', **kwargs),
-}
+C = 4
+MAKE = pytest.mark.parametrize('make', [
+    lambda: NonlocalStage(C, 2),
+    lambda: NonlocalStage(C, 2, recompute=True, affinity='gaussian'),
+    lambda: NonlocalStage(C, 2, symmetric=True, stable=True),
+    lambda: NonlocalStage(C, 2, affinity='positive_dot_product'),
+    lambda: NonlocalBlock(C),
+    lambda: NonlocalBlock(C, affinity='concatenation'),
+], ids=['stage', 'recompute', 'stable', 'dot product', 'block', 'concatenation'])
 
 
-@pytest.fixture(params=MAKE)
-def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
-    """A module, and the same by the equations as they stand."""
-    torch.manual_seed(0)
-    module, plain = MAKE[request.param]().double(), MAKE[request.param](merged=False).double()
-    plain.load_state_dict(module.state_dict())
-    return module, plain
+def cubes(f):
+    return lambda x: (f(x) ** 3).sum()
 
 
-def close(a: Any, b: Any) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-
-
-def x(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def expected(plain: nn.Module, image: Tensor) -> Tensor:
-    """The Jacobian by plain backward passes."""
-    return torch.autograd.functional.jacobian(plain, image)
-
-
-@pytest.mark.parametrize('transform', [jacrev, jacfwd])
-def test_jacobians(pair: tuple[nn.Module, nn.Module], transform: Callable) -> None:
-    image = x(1, 4, 3, 2)
-    close(transform(pair[0])(image), expected(pair[1], image))
-
-
-def test_jacobians_of_autograd(pair: tuple[nn.Module, nn.Module]) -> None:
-    image = x(1, 4, 3, 2)
-    for options in ({}, {'vectorize': True}, {'strategy': 'forward-mode', 'vectorize': True}, {'create_graph': True}):
-        close(torch.autograd.functional.jacobian(pair[0], image, **options).detach(), expected(pair[1], image))
-
-
-def test_hessians(pair: tuple[nn.Module, nn.Module]) -> None:
-    image = x(1, 4, 2, 2)
-    reference = torch.autograd.functional.hessian(lambda x: pair[1](x).square().sum(), image)
-    for way in (hessian(lambda x: pair[0](x).square().sum())(image),
-                torch.autograd.functional.hessian(lambda x: pair[0](x).square().sum(), image)):
-        close(way, reference)
-
-
-def test_products_with_vectors(pair: tuple[nn.Module, nn.Module]) -> None:
-    image, tangent = x(2, 4, 3, 2), x(2, 4, 3, 2).flip(1)
-    for (value, product), (plain_value, plain_product) in (
-            [jvp(module, (image,), (tangent,)) for module in pair],
-            [(vjp(module, image)[0], vjp(module, image)[1](tangent)[0]) for module in pair]):
-        close(value, plain_value)
-        close(product, plain_product)
-    tangents = jvp(pair[1], (image,), (tangent,))[1]
+def dual(f, x, t):
     with forward_ad.dual_level():
-        dual = forward_ad.unpack_dual(pair[0](forward_ad.make_dual(image, tangent)))
-    close(dual.tangent, tangents)
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, t))).tangent
 
 
-def test_images_one_by_one(pair: tuple[nn.Module, nn.Module]) -> None:
-    images = x(3, 4, 3, 2)
-    close(vmap(lambda image: pair[0](image[None])[0])(images), pair[1](images))
-    gradients = vmap(grad(lambda image: pair[0](image[None]).square().sum()))(images)
-    image = images[1:2].requires_grad_()
-    pair[1](image).square().sum().backward()
-    close(gradients[1:2], image.grad)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_gradients_of_a_network_for_every_image() -> None:
-    """By functional_call over the parameters, as influence functions and differential privacy take them."""
-    torch.manual_seed(0)
-    model = timm.create_model('preresnet20_nl_proposed_k2').eval()
-    parameters, images = dict(model.named_parameters()), torch.randn(2, 3, 8, 8)
-
-    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
-        return functional_call(model, parameters, (image[None],)).square().sum()
-
-    each = vmap(grad(loss), in_dims=(None, 0))(parameters, images)
-    model(images).square().sum().backward()
-    for name in ('layer1.nl.theta.weight', 'layer1.nl.sub_blocks.1.z.weight', 'conv1.weight'):
-        torch.testing.assert_close(each[name].sum(0), parameters[name].grad, rtol=1e-3, atol=1e-4)
+def as_literal(network, f):
+    """f() while every nonlocal module follows its equation, by plain autograd."""
+    modules = [module for module in network.modules() if isinstance(module, (NonlocalStage, NonlocalBlock))]
+    for module in modules:
+        module.merged = False
+    expected = f()
+    for module in modules:
+        module.merged = True
+    return expected
 
 
-def test_compiled() -> None:
-    """A transform inside and outside of what is compiled."""
-    stage, image = NonlocalStage(4, 2).double(), x(1, 4, 3, 2)
-    inside = torch.compile(lambda x: jacrev(stage)(x), backend='eager')
-    for found in (inside(image), jacrev(torch.compile(stage, backend='eager'))(image)):
-        close(found, expected(stage, image))
+@MAKE
+def test_jacobians(make):
+    module, x = make().double(), torch.randn(2, C, 2, 3, dtype=torch.float64)
+    t = torch.randn_like(x)
+    j = as_literal(module, lambda: functional.jacobian(module, x))  # (*x.shape, *x.shape)
+    for whole in (jacrev, jacfwd, lambda f: lambda x: functional.jacobian(f, x),
+                  lambda f: lambda x: functional.jacobian(f, x, vectorize=True),
+                  lambda f: lambda x: functional.jacobian(f, x, vectorize=True, strategy='forward-mode')):
+        close(whole(module)(x), j)
+    for forward in (jvp(module, (x,), (t,))[1], linearize(module, x)[1](t), dual(module, x, t)):
+        close(forward, torch.tensordot(j, t, 4))
+    for backward in (vjp(module, x)[1](t)[0], grad(lambda x: (module(x) * t).sum())(x)):
+        close(backward, torch.tensordot(t, j, 4))
+
+
+@MAKE
+def test_hessians(make):
+    module, x = make().double(), torch.randn(1, C, 2, 2, dtype=torch.float64)
+    expected = as_literal(module, lambda: functional.hessian(cubes(module), x))
+    close(hessian(cubes(module))(x), expected)
+    close(jacrev(jacrev(cubes(module)))(x), expected)
+    close(functional.hessian(cubes(module), x), expected)
+
+
+@MAKE
+def test_many_at_once(make):
+    """`vmap`, and gradients by the parameters of every image."""
+    module, x = make().double(), torch.randn(3, C, 2, 3, dtype=torch.float64)
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters, image):
+        return functional_call(module, parameters, (image[None],)).square().sum()
+
+    close(vmap(lambda image: module(image[None])[0])(x), module(x))
+    each, whole = vmap(grad(loss), in_dims=(None, 0))(parameters, x), grad(loss)(parameters, x[0])
+    for i, image in enumerate(x):
+        gradients = as_literal(module, lambda image=image: torch.autograd.grad(
+            module(image[None]).square().sum(), list(parameters.values())))
+        for name, expected in zip(parameters, gradients, strict=True):
+            close(each[name][i], expected)
+            assert i or torch.allclose(whole[name], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', ['preresnet20_nl_proposed_k2', 'preresnet20_nl_original_k1'])
+def test_networks(name):
+    model = timm.create_model(name).eval().double()
+    x, t = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
+    gradient, = as_literal(model, lambda: functional.jacobian(lambda x: model(x).square().sum(), (x,)))
+    close(grad(lambda x: model(x).square().sum())(x), gradient)
+    y, dy = jvp(model, (x,), (t,))
+    close((2 * y * dy).sum(), (gradient * t).sum())
+    close(vmap(lambda image: model(image[None])[0])(x), model(x))
+
+
+@pytest.mark.parametrize(('make', 'transform'), [
+    (lambda: NonlocalStage(C, 2), jacrev), (lambda: NonlocalBlock(C), jacfwd),
+    (lambda: NonlocalStage(C, 2), lambda f: lambda x: dual(f, x, torch.ones_like(x))),
+], ids=['reverse', 'forward', 'dual'])
+def test_compiled_transforms(make, transform):
+    torch.compiler.reset()
+    module, x = make().double(), torch.randn(1, C, 2, 2, dtype=torch.float64)
+    close(torch.compile(transform(module), backend='aot_eager', fullgraph=True)(x), transform(module)(x))

@@ -7,9 +7,8 @@ from the spectrum of W = W_Z W_g alone.
 Shapes: X is (B, C, *grid) outside and (B, M, C) inside, with M positions; C' is `inner_dim`, C/2 by default.
 """
 
-import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -19,41 +18,11 @@ from torch.types import Device
 
 from ..ops.stage import nonlocal_stage
 from .affinity import affinity_class
-from .dispatch import is_map, only_plain_tensor_code, transforming, untouched
+from .maps import INITS, SubBlock, half, linear, positive
+from .plain import global_hooks, hooked, is_plain, only_tensor_code, transforming
 from .stable import make_stable
 
 __all__ = ['INITS', 'KINDS', 'NonlocalBlock', 'NonlocalBlocks', 'NonlocalStage', 'SubBlock']
-
-INITS = ('xavier_normal', 'kaiming_normal', 'torch', 'normal', 'zero')
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'{name}={value!r}: it must be a whole number of at least 1')
-    return value
-
-
-def _half(dim: int) -> int:
-    if _positive('dim', dim) % 2:
-        raise ValueError(f"dim={dim} is odd, so that C' = dim/2 is not whole: use an even dim, or give inner_dim")
-    return dim // 2
-
-
-def _linear(dim: int, out_dim: int, init: str, dd: dict[str, Any]) -> nn.Linear:
-    """A bias-free map whose weight is drawn by one of INITS ('zero' is for W_Z alone)."""
-    linear = nn.Linear(dim, out_dim, bias=False, **dd)  # torch's own draw
-    if init == 'xavier_normal':
-        nn.init.xavier_normal_(linear.weight)
-    elif init == 'kaiming_normal':
-        nn.init.kaiming_normal_(linear.weight, mode='fan_out', nonlinearity='relu')
-    elif init == 'normal':
-        nn.init.normal_(linear.weight, std=0.01)
-    elif init == 'zero':
-        nn.init.zeros_(linear.weight)
-    elif init != 'torch':
-        raise ValueError(f'init={init!r} is unknown: use one of {", ".join(INITS)}')
-    return linear
-
 
 def _positions(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
@@ -72,34 +41,20 @@ def _attend(q: Tensor, k: Tensor, g: Tensor, scale: float, dim: int, inner: int)
     return mixed.squeeze(1)[:, :, :inner]
 
 
-class SubBlock(nn.Module):
-    """The weight W = W_Z W_g of one block or sub-block: `g` is W_g, (C', C), and `z` is W_Z, (C, C')."""
-
-    def __init__(self, dim: int, inner_dim: int, init: str = 'xavier_normal', device: Device = None,
-                 dtype: Optional[torch.dtype] = None):
-        super().__init__()
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        self.g = _linear(dim, inner_dim, 'xavier_normal' if init == 'zero' else init, dd)
-        self.z = _linear(inner_dim, dim, init, dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X Wᵀ, (B, M, C) to (B, M, C)."""
-        return self.z(self.g(x))
-
-
 class _Nonlocal(nn.Module):
     """What block and stage share: embeddings θ and φ (where the kernel has them) and the affinity A(X)."""
 
-    merged: Final[bool]  # tells TorchScript that it is a constant
+    __constants__ = ('literal',)  # as it is when TorchScript compiles the module
+    __jit_unused_properties__ = ('literal',)
 
     def __init__(self, dim: int, inner_dim: Optional[int], *, affinity: str, symmetric: bool, scale: Optional[float],
                  normalize: Optional[str], init: str, merged: bool, dd: dict[str, Any]):
         super().__init__()
-        inner_dim = _half(dim) if inner_dim is None else _positive('inner_dim', inner_dim)
+        inner_dim = half(dim) if inner_dim is None else positive('inner_dim', inner_dim)
         kernel = affinity_class(affinity)
         draw = 'xavier_normal' if init == 'zero' else init
-        self.theta = _linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
-        self.phi = _linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
+        self.theta = linear(dim, inner_dim, draw, dd) if kernel.embedded else nn.Identity()
+        self.phi = linear(dim, inner_dim, draw, dd) if kernel.embedded and not symmetric else None
         self.embed_dim = inner_dim if kernel.embedded else dim
         self.affinity = kernel(self.embed_dim, symmetric, scale=scale, normalize=normalize, **dd)
         self.inner_dim, self.merged = inner_dim, merged
@@ -110,43 +65,23 @@ class _Nonlocal(nn.Module):
         return q, q if self.phi is None else self.phi(x)
 
     def embedding_weights(self) -> list[Tensor]:
-        """The weights (D, C) of θ and φ, as far as there are any."""
+        """The weights (D, C) of θ and φ, as far as there are any. Only where not `literal`."""
         return [linear.weight for linear in (self.theta, self.phi) if isinstance(linear, nn.Linear)]
 
-    def weight_holders(self) -> Sequence[nn.Module]:
-        """What holds a `g` and a `z` each."""
+    @property
+    def literal(self) -> bool:
+        """Whether to follow the paper's equation and call every child: asked for, or one is more than its weight."""
+        if not self.merged or global_hooks() or hooked(self.affinity):
+            return True
+        theta, phi = self.theta, self.phi
+        if type(theta) is nn.Identity:
+            return hooked(theta) or phi is not None or not self._plain_maps()
+        alike = phi is None or (is_plain(phi) and phi.out_features == theta.out_features)
+        return not (alike and is_plain(theta) and self._plain_maps())
+
+    def _plain_maps(self) -> bool:
+        """Whether W_g and W_Z are all that there is to their layers."""
         raise NotImplementedError
-
-    def only_maps(self, x: Tensor) -> bool:
-        """Whether every child does what its weight says, so that A and the maps may be applied without calling them."""
-        if self.affinity.embedded:
-            embeds = is_map(self.theta, x) and (self.phi is None or is_map(self.phi, x))
-        else:
-            embeds = untouched(self.theta, nn.Identity) and self.phi is None
-        return embeds and untouched(self.affinity, type(self.affinity)) and all(
-            (holder is self or untouched(holder, SubBlock)) and is_map(holder.g, x) and is_map(holder.z, x)
-            for holder in self.weight_holders())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *grid) to (B, C, *grid)."""
-        tokens = _positions(x)
-        if not torch.jit.is_scripting():
-            if self.merged and self.only_maps(x):
-                if self.affinity.softmax and not only_plain_tensor_code(x):
-                    return _grid(self._fused(tokens), x)
-                return x + _grid(self._merged(tokens), x)
-            return x + _grid(self._plain(tokens), x)
-        if self.merged:
-            return x + _grid(self._merged(tokens), x)
-        return x + _grid(self._plain(tokens), x)
-
-    def __prepare_scriptable__(self) -> '_Nonlocal':
-        """TorchScript compiles what calls the children where reading their weights would pass them by."""
-        if self.only_maps(next(self.parameters(), torch.empty(0))):
-            return self
-        literal = copy.copy(self)
-        literal.__dict__['merged'] = False
-        return literal
 
     def relate(self, x: Tensor) -> Tensor:
         """A(X), (B, M, M) or broadcastable to it, from X (B, M, C)."""
@@ -166,7 +101,8 @@ class NonlocalBlock(_Nonlocal):
         scale: factor on the kernel's inner product; None takes the kernel's default (1/√C' for the Gaussians).
         normalize: 'row_sum', 'positions' or None for the kernel's own.
         init: how θ, φ, W_g and W_Z are drawn, one of `INITS`; 'zero' zeroes W_Z, so that the block is the identity.
-        merged: apply A without writing it out where the kernel allows it (exact); False follows eq. (1) literally.
+        merged: apply A without writing it out where the kernel allows it (exact), as long as every layer is a plain
+            one (`literal`); False follows eq. (1) literally.
 
     Raises:
         ValueError: an odd dim without inner_dim, an unknown name, or a normaliser that the kernel does not have.
@@ -198,29 +134,26 @@ class NonlocalBlock(_Nonlocal):
         weight = SubBlock(dim, self.inner_dim, init, **dd)
         self.g, self.z = weight.g, weight.z
 
-    def weight_holders(self) -> Sequence[nn.Module]:
-        """The block itself."""
-        return [self]
+    def _plain_maps(self) -> bool:
+        return is_plain(self.g) and is_plain(self.z)
 
-    def _fused(self, x: Tensor) -> Tensor:
-        """Z as `_merged` has it, by one operator that keeps no A for the backward pass."""
-        return nonlocal_stage(x, self.embedding_weights(), [self.g.weight], [self.z.weight], scale=self.affinity.scale,
-                              formulation='original')
-
-    def _plain(self, x: Tensor) -> Tensor:
-        """Z - X as eq. (1) has it. x (B, M, C)."""
-        return self.z(self.affinity.aggregate(self.relate(x), self.g(x)))
-
-    def _merged(self, x: Tensor) -> Tensor:
-        """The same without A written out where the kernel allows it."""
-        q, k = self.embed(x)
-        g, attend = self.g(x), self.affinity.softmax  # (B, M, C')
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
+        tokens = _positions(x)
         if not torch.jit.is_scripting():
-            attend = attend and not transforming()  # fused attention has no rule for all of them
-        if attend:
-            return self.z(_attend(q, k, g, self.affinity.scale, self.embed_dim, self.g.out_features))
-        a, right = self.affinity.operator(q, k)
-        return self.z(self.affinity.aggregate(a, g, right))
+            if not self.literal and self.affinity.softmax and not only_tensor_code(x):
+                return _grid(nonlocal_stage(tokens, self.embedding_weights(), [self.g.weight], [self.z.weight],
+                                            scale=self.affinity.scale, formulation='original'), x)
+        q, k = self.embed(tokens)
+        g = self.g(tokens)  # (B, M, C')
+        if self.literal:
+            mixed = self.affinity.aggregate(self.affinity(q, k), g)
+        elif self.affinity.softmax and not transforming():  # attention has no forward mode
+            mixed = _attend(q, k, g, self.affinity.scale, self.embed_dim, self.g.out_features)
+        else:
+            a, right = self.affinity.operator(q, k)
+            mixed = self.affinity.aggregate(a, g, right)
+        return x + _grid(self.z(mixed), x)  # eq. (1)
 
 
 class NonlocalBlocks(nn.Module):
@@ -241,7 +174,7 @@ class NonlocalBlocks(nn.Module):
 
     def __init__(self, dim: int, k: int = 1, **kwargs: Any):
         super().__init__()
-        self.sub_blocks = nn.Sequential(*(NonlocalBlock(dim, **kwargs) for _ in range(_positive('k', k))))
+        self.sub_blocks = nn.Sequential(*(NonlocalBlock(dim, **kwargs) for _ in range(positive('k', k))))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *grid) to (B, C, *grid)."""
@@ -256,7 +189,7 @@ class NonlocalStage(_Nonlocal):
         dim: C, the number of channels.
         k: the number of sub-blocks, at least 1.
         merged: compute with everything inside the stage C' wide and A not written out where the kernel allows it
-            (exact); False follows eq. (8) literally.
+            (exact), as long as every layer is a plain one (`literal`); False follows eq. (8) literally.
         recompute: keep only the stage's input for the backward pass, which then takes the time of a forward pass
             more (merged stages with a softmax affinity, which keep no M×M matrix in any case).
         stable: weights with which no sub-block can amplify ‖Z‖ in the norm that A is symmetric in, at no loss of
@@ -298,16 +231,12 @@ class NonlocalStage(_Nonlocal):
         super().__init__(dim, inner_dim, affinity=affinity, symmetric=symmetric, scale=scale, normalize=normalize,
                          init=init, merged=merged, dd=dd)
         self.sub_blocks = nn.ModuleList(  # type: ignore[assignment]
-            SubBlock(dim, self.inner_dim, init, **dd) for _ in range(_positive('k', k)))
+            SubBlock(dim, self.inner_dim, init, **dd) for _ in range(positive('k', k)))
         self.recompute = recompute
         if stable:
             self._refuse_unstable(affinity, symmetric)
             for sub_block in self.sub_blocks:
                 make_stable(sub_block.g, sub_block.z)
-
-    def weight_holders(self) -> Sequence[nn.Module]:
-        """Its sub-blocks."""
-        return self.sub_blocks
 
     def _refuse_unstable(self, affinity: str, symmetric: bool) -> None:
         if not self.affinity.semidefinite:
@@ -320,9 +249,27 @@ class NonlocalStage(_Nonlocal):
         if self.affinity.scale < 0:
             raise ValueError(f'stable=True guarantees nothing for scale={self.affinity.scale}: use one of at least 0')
 
-    def _plain(self, x: Tensor) -> Tensor:
-        """Zᵏ - X as the paper writes it. x (B, M, C)."""
-        a, z = self.relate(x), x
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
+        tokens = _positions(x)
+        if self.literal:
+            return x + _grid(self._plain(self.relate(tokens), tokens), x)
+        if not torch.jit.is_scripting():
+            if self.affinity.softmax and not only_tensor_code(x):
+                return _grid(self._fused(tokens), x)
+        return x + _grid(self._merged(tokens), x)
+
+    def _plain_maps(self) -> bool:
+        widths = set()
+        for block in self.sub_blocks:
+            if type(block) is not SubBlock or hooked(block) or not is_plain(g := block.g) or not is_plain(block.z):
+                return False
+            widths.add(g.out_features)
+        return len(widths) == 1  # structural pruning makes them differ
+
+    def _plain(self, a: Tensor, x: Tensor) -> Tensor:
+        """Zᵏ - X as the paper writes it. a (B, M, M), x (B, M, C)."""
+        z = x
         for sub_block in self.sub_blocks:
             z = z + sub_block(self.affinity.difference(a, z))  # eq. (8)
         return z - x

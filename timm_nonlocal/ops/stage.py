@@ -93,6 +93,7 @@ def nonlocal_stage(
     Raises:
         TypeError: x and the weights differ in dtype outside autocast.
         ValueError: an unknown formulation, or a backend that is unknown or does not take the case.
+        RuntimeError: x and the weights are on different devices.
 
     Example:
         >>> x, w_g, w_z = torch.randn(2, 9, 4), torch.randn(2, 4), torch.randn(4, 2)
@@ -101,6 +102,8 @@ def nonlocal_stage(
         True
     """
     w_in, w_out = torch.cat([*embeddings, *w_g]), torch.cat(w_z, dim=1)
+    if x.device != w_in.device:
+        raise RuntimeError(f'x is on the device {x.device} and the weights are on {w_in.device}: move one to the other')
     device = x.device.type
     if torch.is_autocast_enabled(device) and w_in.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
@@ -258,7 +261,7 @@ def _differentiate(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None,
 
 
 def _differentiable_gradient(dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int,
-                             scale: float, formulation: str, **_: Any) -> list[Tensor | None]:
+                             scale: float, formulation: str, **others: Any) -> list[Tensor | None]:
     """What `_stage_backward` gives, through the plain formulas, with A written out."""
     with torch.autocast(x.device.type, enabled=False):
         w, w_z = w_in.to(x.dtype), w_out.to(x.dtype).split(inner, dim=1)
