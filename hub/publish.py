@@ -82,6 +82,8 @@ def publish(api: HfApi, file: Shipped, records: list[Record], args: argparse.Nam
             build(file, records, args.namespace, Path(folder))
             step = 'create'
             api.create_repo(repo, private=args.private or None, exist_ok=True)
+            if args.private and not api.repo_info(repo).private:
+                raise PublishError('the repository exists and is public: make it private there, or leave out --private')
             if args.revision != 'main':
                 api.create_branch(repo, branch=args.revision, exist_ok=True)
             step = 'upload'
@@ -146,7 +148,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('names', nargs='*', metavar='NAME', help='architecture.tag of a weight file (default: all)')
     parser.add_argument('--namespace', required=True, metavar='NS', help='the user or organisation to publish under')
     parser.add_argument('--dry-run', action='store_true', help='build the folders and list them; no network')
-    parser.add_argument('--private', action='store_true', help='create new repositories as private ones')
+    parser.add_argument('--private', action='store_true',
+                        help='create new repositories as private ones, and upload to none that is public')
     parser.add_argument('--revision', default='main', metavar='BRANCH', help='the branch to upload to (default: main)')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
     args = parser.parse_args(argv)

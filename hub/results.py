@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from timm_nonlocal.files import sha256
+from timm_nonlocal.models.preresnet import ARCHITECTURES
 from timm_nonlocal.models.pretrained import TAGS, WEIGHTS
 from timm_nonlocal.recipes import RECIPES, Recipe, nearest
 
@@ -85,7 +86,8 @@ def deviations(record: Record, name: str = 'paper', lr: float | None = None,
     if record.get('limit'):
         found.append(f'the first {record["limit"]} images only')
     if record.get('processes', 1) > 1:
-        found.append(f'{record["processes"]} processes with batch statistics of their own')
+        found.append(f'{record["processes"]} processes' + ' with batch statistics of their own' * (
+            not record.get('sync_bn')))
     if name == 'ft' and not record.get('start'):
         found.append('from scratch')
     if (given := record.get('model_kwargs') or []) != list(model_kwargs):
@@ -94,9 +96,9 @@ def deviations(record: Record, name: str = 'paper', lr: float | None = None,
 
 
 def tag(record: Record) -> str | None:
-    """The tag that a run's weights can have; None where they followed none of the recipes that ship."""
-    return next((tag for tag, means in TAGS.items()
-                 if means.dataset == record['dataset'] and not deviations(record, means.recipe)), None)
+    """The tag that a run's weights can have; None where the network or the recipe is none of those that ship."""
+    return next((tag for tag, means in TAGS.items() if record['architecture'] in ARCHITECTURES
+                 and means.dataset == record['dataset'] and not deviations(record, means.recipe)), None)
 
 
 def to_ship(records: list[Record]) -> dict[str, Record]:

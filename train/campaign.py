@@ -29,6 +29,7 @@ import timm  # noqa: E402
 import timm_nonlocal  # noqa: E402
 from timm_nonlocal.recipes import RECIPES, nearest  # noqa: E402
 from train.engine.stop import Stop, StopReason  # noqa: E402
+from train.options import Parser, number, whole  # noqa: E402
 from train.records import run_dir  # noqa: E402
 from train.records.run_dir import read_results  # noqa: E402
 from train.records.runs import ROOT, Run, parse_kwargs  # noqa: E402
@@ -42,24 +43,22 @@ SAVING = 60.0  # seconds before --max-minutes at which runs are told to stop, at
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='python -m train.campaign', description=__doc__.split('\n\n')[0], allow_abbrev=False)
+    parser = Parser(__doc__, prog='python -m train.campaign')
     parser.add_argument('--output-dir', required=True, type=Path, metavar='DIR')
     parser.add_argument('--data-dir', default='data', help='where torchvision keeps the data sets')
     parser.add_argument('--only', nargs='+', metavar='PATTERN',
                         help="runs whose name matches, in the patterns' order, such as 'preresnet20_nl_*_k4.*'")
     parser.add_argument('--results', type=Path, default=ROOT / 'hub' / 'results.jsonl', metavar='FILE',
                         help='runs that are not repeated (default: hub/results.jsonl)')
-    parser.add_argument('--max-minutes', type=float, default=0.0, metavar='M', help='save and stop before M minutes')
+    parser.add_argument('--max-minutes', type=number(), default=0.0, metavar='M',
+                        help='save and stop before M minutes')
     parser.add_argument('--engine', choices=list(ENGINES), default='local', help='this machine, or a Ray cluster')
-    parser.add_argument('--jobs', type=int, metavar='N', help='runs at once (default: one a core, or one a GPU)')
+    parser.add_argument('--jobs', type=whole(1), metavar='N', help='runs at once (default: one a core, or one a GPU)')
     parser.add_argument('--dry-run', action='store_true', help='print what would be done, and touch nothing')
     parser.add_argument('options', nargs=argparse.REMAINDER, metavar='-- OPTION…',
                         help='further options of train/cifar.py, such as --save-seconds 300')
     args = parser.parse_args(argv)
     args.options = [word for word in args.options if word != '--']
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(f'--jobs {args.jobs}: it must be at least 1')
     return args
 
 
@@ -106,7 +105,7 @@ class Campaign:
     def record(self, planned: PlannedRun) -> dict[str, Any] | None:
         """The line about a finished run, of its folder or published."""
         def key(run: Run) -> Run:
-            return replace(run, start=None, test_every=1, compile=False, processes=1)
+            return replace(run, start=None, test_every=1, compile=False)
 
         own = read_results(self.place_of(planned) / run_dir.RESULTS)
         same = (line for line in self.published if key(Run.from_dict(line)) == key(planned.run))

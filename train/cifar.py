@@ -8,7 +8,12 @@ One process on the CPU or a GPU, or several, by the same code; `accelerate launc
 Several seeds train side by side: one process takes them all, several processes deal them out. One seed on several
 processes is trained by all of them, each with its share of every batch.
 
-Exit codes: 0 finished; 2 the arguments, the data or the folder are off; 124 --max-minutes is over; 130 Ctrl-C.
+Exit codes: 0 finished; 2 the arguments, the data or the folder are off; 124 --max-minutes is over; 130 Ctrl-C or
+SIGTERM. They are those of `python train/cifar.py`, which is all that one process needs (ACCELERATE_MIXED_PRECISION=bf16
+sets its precision). A launcher ends with 1 in place of 2, 124 and 130: torchrun, and accelerate on several processes,
+with a traceback and a report that has our code as `exitcode`; `accelerate launch` of one process with a traceback that
+-q leaves out. Ctrl-C shows the launcher's own KeyboardInterrupt while the run saves. SIGTERM reaches the run through
+torchrun; `accelerate launch` of one process ends alone and leaves it running.
 """
 
 import argparse
@@ -17,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,55 +38,62 @@ from timm.models import split_model_name_tag  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from timm_nonlocal.datasets import DATASETS, DataError  # noqa: E402
-from timm_nonlocal.recipes import ANNEALS, MEANS, PAPER, RECIPES, Recipe  # noqa: E402
+from timm_nonlocal.recipes import ANNEALS, MEANS, PAPER, RECIPES  # noqa: E402
 from train.engine.data import load  # noqa: E402
 from train.engine.execution import Execution  # noqa: E402
 from train.engine.loop import Trainer, check_same_runs  # noqa: E402
 from train.engine.processes import Processes, end  # noqa: E402
 from train.engine.progress import Bar  # noqa: E402
 from train.engine.stop import Stop, StopReason  # noqa: E402
+from train.options import Parser, number, recipe_of, take_tag, whole  # noqa: E402
 from train.records import run_dir, state  # noqa: E402
 from train.records.runs import Run, Start  # noqa: E402
 from train.records.state import Progress, RunError  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], allow_abbrev=False)
-    parser.add_argument('--model', default='preresnet20_nl_proposed_k5', help='a timm name; see timm.list_models')
+    parser = Parser(__doc__)
+    parser.add_argument('--model', default='preresnet20_nl_proposed_k5', metavar='NAME',
+                        help='a timm name, see timm.list_models. A tag says the data set, and one with ft_ the recipe '
+                             'ft: preresnet56.cifar100, preresnet20.ft_cifar10. It loads no weights, see --start')
     parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE',
                         help="arguments of the model, such as \"nl_args={'affinity': 'uniform'}\"")
-    parser.add_argument('--dataset', choices=sorted(DATASETS), default='cifar10')
+    parser.add_argument('--dataset', choices=sorted(DATASETS), help="default: the tag's, else cifar10")
     parser.add_argument('--data-dir', default='data', help='where torchvision keeps the data set')
     parser.add_argument('--download', action='store_true', help='fetch what is missing there')
-    parser.add_argument('--limit', type=int, default=0, metavar='N', help='use the first N images of each split only')
+    parser.add_argument('--limit', type=whole(), default=0, metavar='N',
+                        help='use the first N images of each split only')
     recipe = parser.add_argument_group('recipe', 'a recipe, and what differs from it')
-    recipe.add_argument('--recipe', choices=list(RECIPES), default='paper',
-                        help="the paper's, the same in a tenth of its length, or ft: from trained weights (--start)")
-    recipe.add_argument('--epochs', type=int)
-    recipe.add_argument('--batch-size', type=int, help='over all processes together')
-    recipe.add_argument('--lr', type=float, help='the highest learning rate')
-    recipe.add_argument('--milestones', type=int, nargs='*', metavar='EPOCH',
+    recipe.add_argument('--recipe', choices=list(RECIPES),
+                        help="the paper's (default), the same in a tenth of its length, or ft (default of a tag ft_…): "
+                             'from trained weights (--start)')
+    recipe.add_argument('--epochs', type=whole(1))
+    recipe.add_argument('--batch-size', type=whole(1), help='over all processes together')
+    recipe.add_argument('--lr', type=number(above=True), help='the highest learning rate')
+    recipe.add_argument('--milestones', type=whole(), nargs='*', metavar='EPOCH',
                         help='epochs at which the learning rate is multiplied by gamma')
-    recipe.add_argument('--gamma', type=float)
-    recipe.add_argument('--momentum', type=float)
-    recipe.add_argument('--weight-decay', type=float, help='on every parameter')
+    recipe.add_argument('--gamma', type=number())
+    recipe.add_argument('--momentum', type=number())
+    recipe.add_argument('--weight-decay', type=number(), help='on every parameter')
     recipe.add_argument('--nesterov', action=argparse.BooleanOptionalAction, default=None)
-    recipe.add_argument('--warmup', type=float, metavar='FRACTION', help='of all steps, in which the rate grows to lr')
+    recipe.add_argument('--warmup', type=number(most=1), metavar='FRACTION',
+                        help='of all steps, in which the rate grows to lr')
     recipe.add_argument('--anneal', choices=ANNEALS, help='by the milestones, or linearly to zero')
     recipe.add_argument('--mean', choices=MEANS, help='subtract the mean image, or the mean colour')
     parser.add_argument('--start', metavar='NAME|FILE|FOLDER',
                         help='trained weights of the backbone; the nonlocal modules begin as the identity')
-    parser.add_argument('--test-every', type=int, default=1, metavar='N', help='epochs; the last one is always tested')
+    parser.add_argument('--test-every', type=whole(1), default=1, metavar='N',
+                        help='epochs; the last one is always tested')
     parser.add_argument('--seed', '--seeds', type=int, nargs='+', default=[0], dest='seeds', metavar='SEED',
                         help='of the initial weights and of every epoch plan; several train side by side')
     parser.add_argument('--output-dir', help='default: runs/MODEL.DATASET.seedS; of several seeds the folder with '
                                              'their folders, runs/MODEL.DATASET by default')
     parser.add_argument('--resume', metavar='auto', choices=['auto'],
                         help='continue the run in --output-dir if there is one, else start it')
-    parser.add_argument('--save-seconds', type=float, default=60.0, help='how often the state is saved')
-    parser.add_argument('--max-minutes', type=float, default=0.0, metavar='M',
+    parser.add_argument('--save-seconds', type=number(), default=60.0, help='how often the state is saved')
+    parser.add_argument('--max-minutes', type=number(), default=0.0, metavar='M',
                         help='save and stop before M minutes are over; --resume auto continues')
-    parser.add_argument('--spectrum-epochs', type=int, nargs='*', metavar='EPOCH',
+    parser.add_argument('--spectrum-epochs', type=whole(1), nargs='*', metavar='EPOCH',
                         help="keep the spectra of the nonlocal modules after these epochs (default: Figure 2's, as "
                              'fractions of the run, and the last)')
     parser.add_argument('--compile', action='store_true', help='the step goes through torch.compile')
@@ -91,13 +102,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--sync-bn', action='store_true', help='several GPUs: batch statistics over all of them')
     parser.add_argument('--log-with', nargs='+', default=[], metavar='TRACKER', choices=sorted(LOGGER_TYPE_TO_CLASS),
                         help='log every epoch with tensorboard, wandb, trackio or another tracker of accelerate')
-    parser.add_argument('--threads', type=int, default=0,
+    parser.add_argument('--threads', type=whole(), default=0,
                         help='of a CPU process (default: its share of those it may use, see OMP_NUM_THREADS)')
     args = parser.parse_args(argv)
+    try:
+        take_tag(args)
+    except ValueError as error:
+        parser.error(str(error))
     args.recipe = recipe_of(args)
-    if args.recipe.epochs < 1 or args.recipe.batch_size < 1 or args.test_every < 1:
-        parser.error(f'--epochs {args.recipe.epochs} --batch-size {args.recipe.batch_size} --test-every '
-                     f'{args.test_every}: all must be at least 1')
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f'--seeds {" ".join(map(str, args.seeds))}: each only once')
     missing = sorted(set(args.log_with) - {str(tracker) for tracker in get_available_trackers()})
@@ -137,13 +149,6 @@ def output_dir(args: argparse.Namespace) -> Path:
     """The folder of the run, or that of the folders of several."""
     seed = f'.seed{args.seeds[0]}' if len(args.seeds) == 1 else ''
     return Path(args.output_dir or f'runs/{split_model_name_tag(args.model)[0]}.{args.dataset}{seed}')
-
-
-def recipe_of(args: argparse.Namespace) -> Recipe:
-    """The recipe that is named, with the options that differ from it."""
-    given: dict[str, Any] = {field.name: tuple(value) if isinstance(value, list) else value
-                             for field in fields(Recipe) if (value := getattr(args, field.name)) is not None}
-    return replace(RECIPES[args.recipe], **given)
 
 
 def spectrum_epochs(args: argparse.Namespace) -> list[int]:
@@ -201,7 +206,9 @@ def train_runs(args: argparse.Namespace, accelerator: Accelerator, locks: ExitSt
     execution.prepare(accelerator.device)
     start, weights = open_start(args.start) if args.start else (None, None)
     runs, folders, processes = runs_of_process(args, accelerator, start)
-    runs[0].build()  # a name or argument that does not fit is said before anything is read
+    for folder in folders:
+        run_dir.check_place(folder)
+    runs[0].check()  # what does not fit is said before anything is read
     for folder in folders if processes.first else []:
         locks.enter_context(run_dir.locked(folder))
     saved = read_state(folders, runs, args.resume == 'auto')

@@ -2,8 +2,10 @@
 
     python -m train.evaluate NAME… --data-dir DIR
 
-The images are preprocessed as in training (the mean image subtracted), in float32 without TF32, in chunks of one size.
-Beside it stands the error under timm's preprocessing, which subtracts the mean colour and is what most users apply.
+The images are preprocessed as in training, in float32 without TF32, in chunks of one size. What is subtracted is the
+mean of the images that the network was trained on, which its line of results names: the mean image of the whole
+training set where there is no line, the mean colour for a tag ft_…. Beside it stands the error under timm's
+preprocessing, which subtracts the mean colour and is what most users apply.
 
 Where a line of results.jsonl is about these very weights (the folder's own, or hub/results.jsonl's, by sha256), the
 count of wrong images is compared with the recorded one. Two devices add in different orders, so that an image may
@@ -28,8 +30,11 @@ from torch import nn
 
 from timm_nonlocal.checkpoints.targets import CheckpointError, near_names
 from timm_nonlocal.datasets import DATASETS, DataError
+from timm_nonlocal.models.pretrained import TAGS
+from timm_nonlocal.recipes import PAPER, RECIPES
 from train.engine.data import Images, load, mean_colour, whole_plan
 from train.engine.step import logits_of
+from train.options import Parser, whole
 from train.records import run_dir
 from train.records.runs import ROOT
 from train.records.state import RunError
@@ -38,16 +43,22 @@ ROUNDING = 1e-4
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='python -m train.evaluate', description=__doc__.split('\n\n')[0], allow_abbrev=False)
+    parser = Parser(__doc__, prog='python -m train.evaluate')
     parser.add_argument('targets', nargs='+', metavar='NAME',
                         help='a registered name with weights, a folder with model.safetensors, or a .safetensors file')
     parser.add_argument('--data-dir', default='data', help='where torchvision keeps the data sets')
     parser.add_argument('--results', default=str(ROOT / 'hub' / 'results.jsonl'), metavar='FILE',
                         help='where recorded errors are looked up (default: hub/results.jsonl)')
-    parser.add_argument('--limit', type=int, default=0, metavar='N', help='use the first N images of each split only')
+    parser.add_argument('--limit', type=whole(), default=0, metavar='N',
+                        help='use the first N test images only; the mean stays that of the training')
     parser.add_argument('--json', action='store_true', help='print JSON in place of the table')
     return parser.parse_args(argv)
+
+
+def place(target: str) -> Path:
+    """Where a target is, the folder of a model.safetensors."""
+    path = Path(target)
+    return path.parent if path.is_file() and path.name == run_dir.MODEL else path
 
 
 def open_target(target: str) -> nn.Module:
@@ -56,9 +67,7 @@ def open_target(target: str) -> nn.Module:
     Raises:
         CheckpointError: it cannot be found or read, or nothing says what network it is of.
     """
-    path = Path(target)
-    if path.is_file() and path.name == run_dir.MODEL:
-        path = path.parent
+    path = place(target)
     options: dict[str, Any] = {}
     if path.is_dir():
         name = f'local-dir:{path}'
@@ -81,9 +90,17 @@ def open_target(target: str) -> nn.Module:
 
 def recorded(target: str, model: nn.Module, published: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The line of results about these very weights: of the target's folder, else of the published ones."""
-    own = run_dir.read_results(Path(target) / run_dir.RESULTS) if Path(target).is_dir() else []
+    own = run_dir.read_results(place(target) / run_dir.RESULTS)
     digest = run_dir.sha256({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
     return next((line for line in [*own, *published] if line.get('sha256') == digest), None)
+
+
+def mean_of(target: str, line: dict[str, Any] | None) -> str:
+    """What the network was trained without, see `Recipe.mean`: by its line of results, else by its tag."""
+    if line:
+        return line['recipe'].get('mean', PAPER.mean)
+    tag = split_model_name_tag(Path(target).name.removesuffix('.safetensors'))[1]
+    return RECIPES[TAGS[tag].recipe if tag in TAGS else 'paper'].mean
 
 
 def evaluate(model: nn.Module, images: Images, mean: str = 'image') -> dict[str, Any]:
@@ -120,11 +137,11 @@ def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
             print(f'error: {error}', file=sys.stderr)
             code = 3
             continue
-        if dataset not in data:
-            data[dataset] = load(dataset, args.data_dir, limit=args.limit)[1].to(device)
         line = recorded(target, model, published)
-        mean = line['recipe'].get('mean', 'image') if line else 'image'
-        row = {'target': target, 'dataset': dataset, **evaluate(model, data[dataset], mean)}
+        kept = dataset, line.get('limit', 0) if line else 0  # of the training images, whose mean is subtracted
+        if kept not in data:
+            data[kept] = load(dataset, args.data_dir, limit=kept[1], test_limit=args.limit)[1].to(device)
+        row = {'target': target, 'dataset': dataset, **evaluate(model, data[kept], mean_of(target, line))}
         if line and line.get('images', [0, 0])[1] == row['images']:
             equal = abs(row['wrong'] - line['final_wrong']) <= row['ties']
             row |= {'recorded_wrong': line['final_wrong'], 'equal': equal}

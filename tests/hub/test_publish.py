@@ -210,6 +210,25 @@ def test_another_branch(hub: HubDouble, publisher: Any, namespace: str) -> None:
     assert publisher(NONLOCAL, '--namespace', namespace, '--revision', 'next')[0] == 0
 
 
+def test_private_uploads_to_no_public_repository(hub: HubDouble, publisher: Any, namespace: str) -> None:
+    repo = f'{namespace}/{PLAIN}'
+    for visible in ('public', 'private'):
+        hub.store.create(repo, visible == 'private') if repo not in hub.store.repositories else None
+        hub.store.repositories[repo].private = visible == 'private'
+        code, said = publisher('--namespace', namespace, '--private', '--revision', 'next')
+        repository = hub.store.repositories[repo]
+        if visible == 'public':
+            first, *_ = [line for line in said.splitlines() if line.startswith('error')]
+            assert code == 1 and first == (f'error: {repo}: create: the repository exists and is public: make it '
+                                           f'private there, or leave out --private')
+            assert f'missing: {repo}: create, upload, tag, verify' in said
+            assert repository.branches.keys() == {'main'} and not repository.tags
+            assert not [line for line in uploads(hub.log) if f'/{PLAIN}' in line.path]
+            assert hub.store.repositories[f'{namespace}/{NONLOCAL}'].private, 'the others are published'
+        else:
+            assert code == 0 and repository.private and 'next' in repository.branches
+
+
 def test_arguments_that_are_off(publisher: Any, namespace: str) -> None:
     code, said = publisher('preresnet20_nl_proposed_k3.cifar10', '--namespace', namespace)
     assert (code, said) == (2, f'error: preresnet20_nl_proposed_k3.cifar10 has no weights; these have: {NONLOCAL}, '

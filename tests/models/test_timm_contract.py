@@ -94,6 +94,22 @@ def test_head(pool, width):
         torch.testing.assert_close(model(x), features)
 
 
+def test_a_classifier_has_pooling_in_front_of_it():
+    for model in (timm.create_model('preresnet20', num_classes=0, global_pool=''), timm.create_model('preresnet20')):
+        before = dict(model.named_modules())
+        with pytest.raises(ValueError, match="num_classes=5 with global_pool='': a classifier reads pooled features"):
+            model.reset_classifier(5, '')
+        assert dict(model.named_modules()) == before, 'it is as it was'
+        model.reset_classifier(0, '')
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 256, 8, 8)
+        with pytest.raises(ValueError, match="use num_classes=0, or a pooling such as global_pool='avg'"):
+            model.reset_classifier(5)
+        model.reset_classifier(5, 'avg')
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    with pytest.raises(ValueError, match="num_classes=10 with global_pool=''"):
+        timm.create_model('preresnet20_nl_proposed_k2', global_pool='')
+
+
 def test_dropout_is_in_front_of_the_classifier_in_training_alone():
     model = calibrated('preresnet20', drop_rate=0.5)
     x = torch.randn(2, 3, 32, 32)

@@ -9,6 +9,7 @@ from torchvision.models import get_model, get_model_builder, get_model_weights, 
 from torchvision.models._api import WeightsEnum
 
 import timm_nonlocal
+from tests.support.process import run
 from timm_nonlocal.models.preresnet import ARCHITECTURES
 
 
@@ -35,6 +36,27 @@ def test_every_network_has_an_enum_of_its_own():
     assert enums['preresnet56_nl_original_k1x3'].__name__ == 'PreResNet56_NL_Original_K1x3_Weights'
     for enum in enums.values():
         assert issubclass(enum, WeightsEnum) and pickle.loads(pickle.dumps(enum)) is enum
+
+
+AGAIN = """
+import importlib, sys, timm, torch, torchvision, timm_nonlocal
+old = timm.create_model('preresnet20_nl_proposed_k2')
+importlib.reload(timm_nonlocal)
+for name in [name for name in sys.modules if name.split('.')[0] == 'timm_nonlocal']:
+    del sys.modules[name]
+import timm_nonlocal
+new = torchvision.models.get_model('preresnet20_nl_proposed_k2')
+new.load_state_dict(old.state_dict())
+x = torch.randn(2, 3, 32, 32)
+gradients = [torch.autograd.grad(model(x).square().sum(), list(model.parameters())) for model in (old, new)]
+print(isinstance(new, timm_nonlocal.PreResNet), all(map(torch.equal, *gradients)))
+"""
+
+
+def test_the_package_can_be_imported_again():
+    """As notebooks do; networks that were made before go on."""
+    done = run('-W', 'ignore', '-c', AGAIN)
+    assert (done.stdout, done.returncode) == ('True True\n', 0), done.stderr
 
 
 def test_bad_weights():

@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 
+from hub.results import deviations
 from tests.support.process import ROOT
 from tests.support.training import result, same_course
 from timm_nonlocal.files import sha256
@@ -309,19 +310,69 @@ def test_landing_ships_the_median_of_each_recipe(homecoming: tuple[Callable[...,
     assert go('a', 'b') == 0 and capsys.readouterr().out == 'nothing new\n'
 
 
+def test_runs_that_processes_shared_are_told_apart(
+        homecoming: tuple[Callable[..., Path], Callable[..., int]], campaign_of: Callable[..., Campaign],
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have a line, count in no table, ship nothing, and do not stand in the way of the run of one process."""
+    make, go = homecoming
+    (tmp_path / 'weights').mkdir()
+    shared = Run('preresnet20', mixed_precision='bf16', processes=4)
+    make('a', shared, 5.0)
+    make('b', replace(shared, processes=1), 8.0)
+    assert go('a') == 0 and 'final error 5.00 %, on 4 processes: in no table' in capsys.readouterr().out
+    assert landed(tmp_path) == {} and deviations(read_results(tmp_path / 'results.jsonl')[0]) == [
+        '4 processes with batch statistics of their own']
+    made = campaign_of('preresnet20.cifar10.seed0', results=tmp_path / 'results.jsonl')
+    assert made.condition(made.planned[0]) == 'missing'
+    assert go('b') == 0 and landed(tmp_path) == {'preresnet20.cifar10': 0}
+    assert [line['processes'] for line in read_results(tmp_path / 'results.jsonl')] == [4, 1]
+    made = campaign_of('preresnet20.cifar10.seed0', results=tmp_path / 'results.jsonl')
+    assert made.condition(made.planned[0]) == 'done'
+
+
+def test_a_network_of_others_has_its_line_only(homecoming: tuple[Callable[..., Path], Callable[..., int]],
+                                               tmp_path: Path) -> None:
+    make, go = homecoming
+    make('a', Run('test_resnet'), 9.0)
+    assert go('a') == 0 and landed(tmp_path) == {} and len(read_results(tmp_path / 'results.jsonl')) == 1
+
+
+def test_a_page_that_fails_is_said(homecoming: tuple[Callable[..., Path], Callable[..., int]], tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make, _ = homecoming
+    make('a', Run('preresnet20', seed=9), 9.0)
+    monkeypatch.setattr(land, 'ROOT', tmp_path)
+    (tmp_path / 'hub').mkdir()
+    (tmp_path / 'hub' / '__init__.py').write_text('')
+    (tmp_path / 'hub' / 'index.py').write_text("raise KeyError('weights')")
+    assert land.main([str(tmp_path / 'a'), '--weights', str(tmp_path / 'weights'), '--results',
+                      str(tmp_path / 'hub' / 'results.jsonl')]) == 2
+    assert capsys.readouterr().err == (
+        "error: the runs have landed, but python -m hub.index fails: KeyError: 'weights'\n")
+
+
 def test_what_does_not_land_changes_nothing(homecoming: tuple[Callable[..., Path], Callable[..., int]], tmp_path: Path,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     make, go = homecoming
     (tmp_path / 'weights').mkdir()
     make('good', Run('preresnet20'), 8.0)
     make('part', Run('preresnet20', limit=512), 8.0)
+    make('toy', Run('preresnet20', seed=6), 8.0, images=[512, 100])
+    make('twice', Run('preresnet20', seed=7, recipe=FINE_TUNING, start=Start('a', '1')), 8.0)
+    make('twice/again', Run('preresnet20', seed=7, recipe=FINE_TUNING, start=Start('b', '2')), 8.0)
+    lacking = make('lacking', Run('preresnet20', seed=5), 8.0)
+    run_dir.write_lines(lacking / run_dir.RESULTS, [{
+        key: value for key, value in result(lacking).items() if key != 'best_epoch'}])
     make('unknown', Run('preresnet20', seed=1), 8.0, commit='abc')
     make('untold', Run('preresnet20', seed=4), 8.0, commit=None)
     make('dirty', Run('preresnet20', seed=2), 8.0, commit='known-dirty')
     broken = make('broken', Run('preresnet20', seed=3), 8.0)
     (broken / run_dir.MODEL).write_bytes(b'')
     (tmp_path / 'empty').mkdir()
-    for folder, message in (('part', 'was trained on the first 512 images only'), ('unknown', 'not in the history'),
+    for folder, message in (('part', 'was trained on the first 512 images only'),
+                            ('lacking', 'line 1 lacks best_epoch'),
+                            ('toy', 'was trained on 512 images and tested on 100, where cifar10 has 50000 and 10000'),
+                            ('twice', 'two runs of preresnet20.cifar10 with seed 7'), ('unknown', 'not in the history'),
                             ('dirty', 'not in the history'), ('untold', 'was made by an unknown commit: run it from'),
                             ('broken', 'is missing, or not what'),
                             ('empty', 'holds no finished run')):

@@ -315,13 +315,13 @@ def test_unknown_model_names_near_ones(small_cifar_here: Path, fails: Callable[.
     (('--nonsense',), 'unrecognized arguments: --nonsense'),
     (('--log-with', 'dvclive'), '--log-with dvclive: not installed'),
     (('--seeds', '1', '1'), '--seeds 1 1: each only once'),
-    (('--epochs', '0'), 'all must be at least 1'),
+    (('--epochs', '0'), 'argument --epochs: 0 is not a whole number of at least 1'),
 ])
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(SystemExit) as exit:
         main([*COMMON, *arguments])
     err = capsys.readouterr().err
-    assert exit.value.code == 2 and message in err.splitlines()[-1]
+    assert exit.value.code == 2 and message in err and err.count('\n') == 1
 
 
 @pytest.mark.parametrize(('kwargs', 'message'), [
@@ -329,9 +329,42 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: tuple[str,
     ("nl_args={'inner_dim': 0}", 'inner_dim=0'),
     ('nonsense=1', "unexpected keyword argument 'nonsense'"),
     ('nl_k', 'write KEY=VALUE'),
+    ('num_classes=5', 'num_classes=5 gives (2, 5) for two images of CIFAR-10, where a classifier gives (2, 10)'),
+    ('num_classes=0', 'num_classes=0 gives (2, 256) for two images'),
+    ('features_only=True', 'features_only=True gives list for two images'),
+    ('in_chans=1', 'in_chans=1 does not take images of 3×32×32 (Given groups=1, weight of size [16, 1, 3, 3]'),
+    ("global_pool=''", "num_classes=10 with global_pool=''"),
+    ('pretrained=True', 'preresnet20_nl_proposed_k1.cifar10 has no pretrained weights'),
 ])
 def test_bad_model_arguments(small_cifar_here: Path, fails: Callable[..., None], kwargs: str, message: str) -> None:
     fails(message, small_cifar_here, '--model-kwargs', kwargs)
+
+
+def test_a_network_that_takes_no_small_images(small_cifar_here: Path, fails: Callable[..., None]) -> None:
+    vit = '--model', 'vit_tiny_patch16_224', '--model-kwargs'
+    fails('--model vit_tiny_patch16_224 does not take images of 3×32×32 (Input height (32)', small_cifar_here, *vit)
+    from train.records.runs import Run
+    Run('vit_tiny_patch16_224', model_kwargs=('img_size=32', 'depth=1')).check()  # as the message says
+
+
+@pytest.mark.parametrize('more', [(), ('--seeds', '1', '2')])
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path, fails: Callable[..., None], more: tuple[str, ...]) -> None:
+    """Said before the data are looked for."""
+    (tmp_path / 'file').write_text('')
+    for folder in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+        fails(f'--output-dir {tmp_path / "file"} is a file: name a folder', tmp_path, *more, folder=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('launcher', 'said'), [
+    (('accelerate.commands.launch', '-q'), None), (('accelerate.commands.launch',), 'exit status 124'),
+    (('torch.distributed.run', '--nproc_per_node', '1'), 'exitcode  : 124')])
+def test_what_launchers_make_of_an_exit_code(small_cifar: Path, tmp_path: Path, launcher: tuple[str, ...],
+                                             said: str | None) -> None:
+    """As --help says: 1, and a traceback that `accelerate launch -q` leaves out."""
+    done = run('-m', *launcher, SCRIPT, *COMMON, '--data-dir', str(small_cifar), '--output-dir', str(tmp_path / 'l'),
+               '--max-minutes', '1e-9', data=small_cifar)
+    assert done.returncode == 1 and ('Traceback' in done.stderr) == bool(said) and (said or '') in done.stderr
 
 
 def test_sync_bn_needs_gpus(small_cifar_here: Path, fails: Callable[..., None]) -> None:

@@ -19,7 +19,7 @@ from tests.support.small_data import accepted
 from tests.support.training import random_images, result, train
 from train.engine.data import load, whole_plan
 from train.engine.step import count_wrong, logits_of
-from train.evaluate import ROUNDING, evaluate, main, mean_colour
+from train.evaluate import ROUNDING, evaluate, main, mean_colour, mean_of, open_target, recorded
 from train.records.run_dir import read_results, sha256
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -72,6 +72,38 @@ def test_every_kind_of_target_gives_the_recorded_error(trained: Path, call: Call
     assert main([str(trained), '--data-dir', str(small_cifar_here)]) == 0
     header, line = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ['target', 'data'] and line.endswith(f'{record["final_wrong"]} equal')
+
+
+def test_a_part_of_the_images_is_less_the_mean_of_the_training(trained: Path, small_cifar_here: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """--limit looks at fewer test images. What is subtracted stays, also where the training used a part."""
+    line, model, seen = result(trained), open_target(str(trained)), list[torch.Tensor]()
+
+    def noted(*args: Any) -> torch.Tensor:
+        seen.append(logits_of(*args))
+        return seen[-1]
+
+    monkeypatch.setattr('train.evaluate.logits_of', noted)
+    for kept in (0, 40):
+        (trained / 'results.jsonl').write_text(json.dumps({**line, 'limit': kept}) + '\n')
+        images = load('cifar10', small_cifar_here, limit=kept, test_limit=7)[1]
+        pixels = load('cifar10', small_cifar_here)[0].pixels[:kept or None, 4:-4, 4:-4]
+        torch.testing.assert_close(images.mean[4:-4, 4:-4], pixels.double().div(255).mean(0).float())
+        expected = logits_of(model, images, whole_plan(7))
+        seen.clear()
+        assert main([str(trained), '--data-dir', str(small_cifar_here), '--limit', '7']) == 0
+        assert torch.equal(seen[0], expected) and len(seen[0]) == 7
+
+
+def test_what_is_subtracted_is_the_runs_or_the_tags(trained: Path) -> None:
+    line = result(trained)
+    model = open_target(str(trained / 'model.safetensors'))
+    assert recorded(str(trained / 'model.safetensors'), model, []) == line, 'the file has its folder beside it'
+    assert mean_of('x.ft_cifar10', {'recipe': {**line['recipe'], 'mean': 'image'}}) == 'image'
+    assert mean_of('x', {'recipe': {**line['recipe'], 'mean': 'colour'}}) == 'colour'
+    for target, mean in (('preresnet20.ft_cifar10', 'colour'), ('a/preresnet20.ft_cifar100.safetensors', 'colour'),
+                         ('preresnet20.cifar10', 'image'), ('some/folder', 'image')):
+        assert mean_of(target, None) == mean
 
 
 def test_other_weights_than_recorded_are_noticed(trained: Path, call: Callable[..., Any]) -> None:

@@ -114,9 +114,11 @@ def test_what_is_no_start(small_cifar_here: Path, backbone: Path, tmp_path: Path
     assert 'no-such-file' in line and 'Name a safetensors file, a folder with model.safetensors, or a name with' in line
     (tmp_path / 'empty').mkdir()
     assert 'empty' in refused(capsys, tune(small_cifar_here, folder, tmp_path / 'empty'))
+    weights = load_file(backbone)
+    save_file({**weights, 'fc.bias': torch.zeros(7), 'fc.weight': torch.zeros(7, 256)}, backbone)
     assert 'does not fit preresnet20_nl_proposed_k2: size mismatch for fc.bias' in refused(
-        capsys, tune(small_cifar_here, folder, backbone, '--model-kwargs', 'num_classes=7'))
-    save_file({**load_file(backbone), 'layer9.weight': torch.zeros(1)}, backbone)
+        capsys, tune(small_cifar_here, folder, backbone))
+    save_file({**weights, 'layer9.weight': torch.zeros(1)}, backbone)
     assert 'is not the backbone of preresnet20_nl_proposed_k2: layer9.weight' in refused(
         capsys, tune(small_cifar_here, folder, backbone))
     assert not folder.exists()

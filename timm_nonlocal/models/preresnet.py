@@ -81,11 +81,12 @@ class PreResNet(nn.Module):
         nl_args: further arguments of `NonlocalBlock` or `NonlocalStage`, such as {'affinity': 'uniform'}.
         num_classes: 0 leaves the classifier out.
         in_chans: channels of the image.
-        global_pool: 'avg', any other of timm's pooling types, or '' for none.
+        global_pool: 'avg', any other of timm's pooling types, or '' for none, which goes with num_classes=0.
         drop_rate: dropout in front of the classifier.
 
     Raises:
-        ValueError: a depth that is not 9n+2 or has no second unit, or nonlocal arguments that do not fit.
+        ValueError: a depth that is not 9n+2 or has no second unit, nonlocal arguments that do not fit, or a classifier
+            without pooling.
 
     Example:
         >>> model = PreResNet(20, nl='proposed', nl_k=5, nl_args={'affinity': 'dot_product'})
@@ -161,6 +162,9 @@ class PreResNet(nn.Module):
     @torch.jit.ignore
     def _set_head(self, num_classes: int, pool: str, device: Device = None,
                   dtype: Optional[torch.dtype] = None) -> None:
+        if num_classes and not pool:
+            raise ValueError(f"num_classes={num_classes} with global_pool='': a classifier reads pooled features; use "
+                             f"num_classes=0, or a pooling such as global_pool='avg'")
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=pool, flatten=bool(pool))
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()

@@ -14,7 +14,7 @@ import torchvision.models
 from huggingface_hub import hf_hub_url
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
-from torchvision.models._api import Weights, WeightsEnum, register_model
+from torchvision.models._api import BUILTIN_MODELS, Weights, WeightsEnum, register_model
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
@@ -78,6 +78,8 @@ def _register(architecture: str, enum: type[WeightsEnum]) -> None:
     build.__name__ = build.__qualname__ = architecture
     build.__doc__ = f'{architecture} as timm makes it; further arguments are those of PreResNet.'
     build.__annotations__ = {'weights': enum | None, 'progress': bool, 'kwargs': Any, 'return': nn.Module}
+    if getattr(BUILTIN_MODELS.get(architecture), '__module__', None) == __name__:
+        del BUILTIN_MODELS[architecture]  # this package is imported again, as in a notebook
     register_model(architecture)(build)
 
 

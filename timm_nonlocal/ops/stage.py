@@ -7,11 +7,13 @@ dA = [dH¹…dHᵏ][G¹…Gᵏ]ᵀ.
 Shapes: B images, M positions, C channels, D embedding channels, k sub-blocks of C' channels each.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch._library.custom_ops import OPDEFS, CustomOpDef
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .products import ProductBackend
 from .reference import original_block, proposed_stage
@@ -176,7 +178,19 @@ class _Call:
         return dx, d_projected.T @ x, dz.T @ h, dg.T @ h
 
 
-@torch.library.custom_op('timm_nonlocal::stage', mutates_args=())
+def _operator(function: Callable[..., Any]) -> CustomOpDef:
+    """The operator timm_nonlocal::NAME of a function _NAME.
+
+    Where the package is imported again it is the one of before: networks that were made before still call it.
+    """
+    name = function.__name__.removeprefix('_')
+    before = OPDEFS.get(f'timm_nonlocal::{name}')
+    if before:
+        flop_registry.pop(getattr(torch.ops.timm_nonlocal, name), None)
+    return before or torch.library.custom_op(f'timm_nonlocal::{name}', function, mutates_args=())
+
+
+@_operator
 def _stage(
         x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int, scale: float, formulation: str,
         backend: str, recompute: bool, needs_grad: bool,
@@ -193,7 +207,7 @@ def _stage(
         return z, *(buffers if kept else call.new_buffers(0))
 
 
-@torch.library.custom_op('timm_nonlocal::stage_backward', mutates_args=())
+@_operator
 def _stage_backward(
         dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, projected: Tensor, h: Tensor, row_stats: Tensor,
         inner: int, embeddings: int, scale: float, formulation: str, backend: str, recompute: bool,

@@ -55,19 +55,21 @@ def mean_colour(images: Images, colour: tuple[float, ...]) -> Images:
 
 
 def load(name: str, data_dir: str | Path, download: bool = False, limit: int = 0,
-         mean: str = 'image') -> tuple[Images, Images]:
+         mean: str = 'image', test_limit: int | None = None) -> tuple[Images, Images]:
     """The training and the test split of 'cifar10' or 'cifar100' from the files torchvision keeps in data_dir.
 
     Args:
         download: fetch what is missing through torchvision.
         limit: keep the first `limit` training and test images only (0 keeps all); the mean is that of the kept ones.
         mean: what is subtracted, see `Recipe.mean`.
+        test_limit: of the test images where it is another one.
 
     Raises:
         DataError: the folder is missing, incomplete or damaged, or its labels are not of its images.
     """
     (pixels, labels), (test_pixels, test_labels) = (
-        [tensor[:limit or None] for tensor in read_images(name, data_dir, split, download)] for split in (True, False))
+        [tensor[:kept or None] for tensor in read_images(name, data_dir, split, download)]
+        for split, kept in ((True, limit), (False, limit if test_limit is None else test_limit)))
     image, classes = frame(mean_image(pixels)), DATASETS[name].num_classes
     train = Images(frame(pixels), labels, image, classes)
     test = Images(frame(test_pixels), test_labels, image, classes)

@@ -34,8 +34,8 @@ from train.records import state
 from train.records.runs import Run, parse_kwargs
 from train.records.state import RunError, write, writing
 
-__all__ = ['CONFIG', 'CURVE', 'MODEL', 'RESULTS', 'SPECTRA', 'STATE', 'holds_run', 'is_finished', 'locked',
-           'read_results', 'save_curve', 'save_model', 'sha256', 'write_lines']
+__all__ = ['CONFIG', 'CURVE', 'MODEL', 'RESULTS', 'SPECTRA', 'STATE', 'check_place', 'holds_run', 'is_finished',
+           'locked', 'read_results', 'save_curve', 'save_model', 'sha256', 'write_lines']
 
 STATE, CURVE, MODEL, CONFIG, RESULTS, SPECTRA = (
     'state.safetensors', 'curve.csv', 'model.safetensors', 'config.json', 'results.jsonl', 'spectra.jsonl')
@@ -86,6 +86,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f'{path} line {number} is not about a run ({type(error).__name__}: {error})') from error
     return records
+
+
+def check_place(folder: Path) -> None:
+    """Raises RunError where a file stands in the way of a run's folder."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise RunError(f'--output-dir {path} is a file: name a folder')
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import split_model_name_tag
-from torch import nn
+from torch import Tensor, nn
 
 import timm_nonlocal
 from timm_nonlocal.checkpoints.targets import near_names
@@ -26,6 +26,7 @@ from timm_nonlocal.recipes import PAPER, RECIPES, Recipe, nearest, recipe_id
 __all__ = ['ROOT', 'Run', 'Start', 'describe_result', 'nonlocal_choices', 'parse_kwargs', 'surroundings']
 
 ROOT = Path(__file__).resolve().parents[2]
+SIDE = 32  # of CIFAR's images
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ class Run:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What makes two runs the same run, however they were computed."""
+        """What makes two runs the same run, however else they were computed."""
         return (self.architecture, self.dataset, self.seed, self.recipe, self.model_kwargs, self.limit,
-                self.mixed_precision, self.start)
+                self.mixed_precision, self.processes, self.start)
 
     @cached_property
     def row(self) -> str:
@@ -119,8 +120,33 @@ class Run:
         torch.manual_seed(self.seed)
         try:
             return timm.create_model(architecture, **{'num_classes': DATASETS[self.dataset].num_classes, **kwargs})
-        except TypeError as error:
-            raise ValueError(f'--model-kwargs {" ".join(self.model_kwargs)}: {error}') from error
+        except Exception as error:  # networks of all kinds raise errors of all kinds
+            raise ValueError(f'{self._words}: {first_line(error)}') from error
+
+    @property
+    def _words(self) -> str:
+        """The options that say which network it is."""
+        given = ['--model-kwargs', *self.model_kwargs] if self.model_kwargs else []
+        return ' '.join(['--model', self.architecture, *given])
+
+    def check(self) -> None:
+        """Puts two images through the network.
+
+        Raises:
+            ValueError: a name or an argument does not fit, or the network is not one of the data set's images and
+                classes.
+        """
+        data, model = DATASETS[self.dataset], self.build().eval()
+        try:
+            with torch.no_grad():
+                logits = model(torch.zeros(2, 3, SIDE, SIDE))
+        except Exception as error:  # as above
+            raise ValueError(f'{self._words} does not take images of 3×{SIDE}×{SIDE} ({first_line(error)}); some '
+                             f'networks of a fixed size do with --model-kwargs img_size={SIDE}') from error
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if shape != (2, data.num_classes):
+            raise ValueError(f'{self._words} gives {shape} for two images of {data.title}, where a classifier gives '
+                             f'{(2, data.num_classes)}: leave out what changes that')
 
 
 def parse_kwargs(items: Sequence[str]) -> dict[str, Any]:
@@ -135,6 +161,10 @@ def parse_kwargs(items: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             kwargs[key] = value
     return kwargs
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip('.')
 
 
 def nonlocal_choices(model: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:
