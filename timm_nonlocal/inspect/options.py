@@ -95,6 +95,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--plot {args.plot}: name a file that ends in .png, .svg or .pdf')
     if args.mu_max is not None and not 0 < args.mu_max <= 2:
         parser.error(f'--mu-max {args.mu_max}: the eigenvalues of I - A lie between 0 and 2')
+    if args.list and (unread := [flag for flag, given in (
+            ('--check', args.check), ('--plot', args.plot), ('--format', args.format != 'table'),
+            ('--output', args.output), ('--stability', args.stability), ('--mu-max', args.mu_max),
+            ('--data-dir', args.data_dir), ('--images', args.images)) if given]):
+        parser.error(f'--list names the blocks and reads no weights: leave {" and ".join(unread)} out')
     args.stability |= bool(args.mu_max or args.data_dir or args.images)
     if not args.stability and any(name in OF_STABILITY for name in checked):
         parser.error('a --check of the stability needs --stability')

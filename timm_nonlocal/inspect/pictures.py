@@ -10,6 +10,7 @@ from ..datasets import DATASETS, DataError, mean_image, read_images
 
 __all__ = ['cifar', 'folder']
 
+MODES = {1: 'L', 3: 'RGB'}
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
 
 
@@ -43,13 +44,17 @@ def folder(path: str, model: nn.Module, count: int) -> tuple[Tensor, Tensor | No
     """The first pictures of a folder and its subfolders, by name, through the model's own evaluation transform.
 
     Returns:
-        images (N, 3, H, W) float32, and no labels.
+        images (N, 3, H, W) float32, or (N, 1, H, W) for a network that takes grey ones, and no labels.
 
     Raises:
-        ValueError: there is no picture, or one that cannot be read.
+        ValueError: there is no picture, or one that cannot be read, or the network takes other channels.
     """
     from PIL import Image, UnidentifiedImageError
 
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    if channels not in MODES:
+        raise ValueError(f'the network takes images of {channels} channels, and pictures have 1 (grey) or 3 (RGB): in '
+                         f'Python timm_nonlocal.analysis.recorder.watch(model, images) takes any')
     paths = sorted(found for found in Path(path).rglob('*') if found.suffix.lower() in SUFFIXES)[:count]
     if not paths:
         raise ValueError(f'{path} holds no picture ({", ".join(SUFFIXES)})')
@@ -58,7 +63,7 @@ def folder(path: str, model: nn.Module, count: int) -> tuple[Tensor, Tensor | No
     for found in paths:
         try:
             with Image.open(found) as image:
-                images.append(transform(image.convert('RGB')))
+                images.append(transform(image.convert(MODES[channels])))
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise ValueError(f'{found} cannot be read as a picture: {error}') from error
     return torch.stack(images), None

@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import files
 from ..analysis.spectra import Spectrum
-from .report import Result, Stage
+from .report import Result, Stage, printable
 
 __all__ = ['plot']
 
@@ -57,12 +57,12 @@ def _label(result: Result) -> str:
     source = result.source
     repo = source and source.repo
     name = f'{repo.id}@{(repo.commit or "main")[:8]}' if repo else Path(result.input).name or result.input
-    return f'{name} (untrained)' if source and not source.trained else name
+    return printable(f'{name} (untrained)' if source and not source.trained else name)
 
 
 def _name(stage: Stage, block: Spectrum) -> str:
     folded = ', BN folded' if block.folded else ''
-    return f"{stage.name or '(root)'} {block.index}\nC = {block.C}, C' = {block.C_inner}{folded}"
+    return f"{printable(stage.name) or '(root)'} {block.index}\nC = {block.C}, C' = {block.C_inner}{folded}"
 
 
 def _inset(block: Spectrum) -> str:
@@ -89,7 +89,7 @@ def _overlaid(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], limit: 
     panel = line[0]
     for stage, block in blocks:
         panel.plot(range(1, len(block.top) + 1), block.top, '.-', linewidth=0.5,
-                   label=f'{stage.name or "(root)"} {block.index}: {_inset(block)}'.replace('\n', ', '))
+                   label=f'{printable(stage.name) or "(root)"} {block.index}: {_inset(block)}'.replace('\n', ', '))
     panel.axhline(0, color='black', linewidth=0.5)
     panel.set_ylim(-1.1 * limit, 1.1 * limit)
     panel.legend(fontsize='x-small', loc='lower center', bbox_to_anchor=(0.5, 1))  # above, where nothing is hidden

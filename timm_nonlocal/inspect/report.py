@@ -12,7 +12,7 @@ import torch
 from ..analysis.spectra import Spectrum
 from ..checkpoints.targets import Source
 
-__all__ = ['Result', 'Stage', 'legend', 'markdown', 'table', 'to_csv', 'to_json']
+__all__ = ['Result', 'Stage', 'legend', 'markdown', 'printable', 'table', 'to_csv', 'to_json']
 
 SCHEMA = 'timm_nonlocal.inspect/1'
 BLUE, RED, PLAIN = '\033[34m', '\033[31m', '\033[0m'
@@ -41,6 +41,17 @@ kappa    the most that a step with a frozen A can amplify Z; 1 is stable. For A 
 outside  eigenvalues of W that break the CFL condition; radius: the asymptotic growth a step"""
 
 
+def printable(text: str, kept: str = '') -> str:
+    """Text whose characters that steer a terminal, or hide, are written out: names come from files of strangers.
+
+    Example:
+        >>> printable('a\\x1b[31m\\n')
+        'a\\\\x1b[31m\\\\n'
+    """
+    return ''.join(letter if letter.isprintable() or letter in kept else letter.encode('unicode_escape').decode()
+                   for letter in text)
+
+
 @dataclass
 class Stage:
     """The blocks of one nonlocal module, and what was asked of it as a whole."""
@@ -63,11 +74,12 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     code: int = 0
+    mapped: bool = False
 
     @property
     def label(self) -> str:
         """What was read, or what was asked for where nothing could be."""
-        return self.source.label if self.source else self.input
+        return printable(self.source.label if self.source else self.input)
 
     def to_dict(self) -> dict[str, Any]:
         source, repo = self.source, self.source and self.source.repo
@@ -89,11 +101,12 @@ class Result:
 
 def to_json(results: list[Result], checks: list[dict[str, Any]], version: str) -> str:
     """Everything, as docs/inspect-schema.md describes it; the same bytes for the same input."""
-    return json.dumps({
+    text = json.dumps({
         'schema': SCHEMA,
         'tool': {'version': version, 'torch': torch.__version__, 'huggingface_hub': huggingface_hub.__version__},
         'targets': [result.to_dict() for result in results], 'checks': checks,
     }, indent=2, allow_nan=False, ensure_ascii=False)
+    return ''.join(letter if letter.isprintable() or letter == '\n' else json.dumps(letter)[1:-1] for letter in text)
 
 
 def to_csv(results: list[Result]) -> str:
@@ -108,7 +121,8 @@ def to_csv(results: list[Result]) -> str:
                            'eigenvalues': ' '.join(map(repr, record['eigenvalues'])),
                            'flags': ' '.join(record['flags']), 'keys': ' '.join(filter(None, block.keys.values())),
                            **{name: extra.get(name) for name in ('kappa', 'constant_gain', 'radius', 'outside')}}
-                rows.append({'target': result.input, **record})
+                rows.append({key: printable(value) if isinstance(value, str) else value
+                             for key, value in {'target': result.input, **record}.items()})
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator='\n')
@@ -138,7 +152,7 @@ def _heading(stage: Stage) -> tuple[str, str]:
 def _title(stage: Stage) -> str:
     first = stage.blocks[0]
     folded = ', gain and BN folded' if first.folded and first.naming.startswith('biggan') else ', BN folded'
-    return (f"{stage.name or '(root)'}: {stage.formulation}, C = {first.C}, C' = {first.C_inner}"
+    return (f"{printable(stage.name) or '(root)'}: {stage.formulation}, C = {first.C}, C' = {first.C_inner}"
             f'{folded if first.folded else ""}'
             f'{", stable by construction" if all("stable" in block.flags for block in stage.blocks) else ""}')
 
