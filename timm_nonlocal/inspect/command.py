@@ -4,6 +4,7 @@ import argparse
 import fnmatch
 import math
 import os
+import shlex
 import sys
 import traceback
 from dataclasses import replace
@@ -21,7 +22,7 @@ from . import pictures, report
 from .checks import run_checks
 from .network import build, formulation
 from .options import parse
-from .report import Result, Stage, printable
+from .report import Result, Seen, Stage, printable
 
 __all__ = ['main']
 
@@ -127,6 +128,9 @@ def _watch(result: Result, source: Source, args: argparse.Namespace) -> None:
         result.warnings.append('the features of the images are not finite, so they are not shown')
         return
     measured = result.images.pop('modules')
+    if args.html:
+        few = images[:report.PICTURES]
+        result.seen = Seen(pictures.pixels(few, model, args.data_dir), recorder.rows(model, few, report.PLACES))
     for stage in result.stages:
         stage.images = measured.get(stage.name)
         if stage.images is None:
@@ -184,7 +188,11 @@ def main(argv: list[str] | None = None) -> int:
             _say(f'check failed: {check["expression"]}: {failure["target"]}, {failure["stage"]} {failure["block"]} '
                  f'has {failure["value"]}')
     code = max(code, *(0 if check['ok'] else 1 for check in checks)) if checks else code
-    return max(code, show(args, results, render(args, results, checks)))
+    shown = show(args, render(args, results, checks))
+    if any(result.stages for result in results):
+        command = f'python -m timm_nonlocal.inspect {shlex.join(sys.argv[1:] if argv is None else argv)}'
+        shown = max(shown, draw(args, results, checks, command))
+    return max(code, shown)
 
 
 def _in_a_folder(name: str) -> Path:
@@ -194,9 +202,8 @@ def _in_a_folder(name: str) -> Path:
     return path
 
 
-def show(args: argparse.Namespace, results: list[Result], text: str) -> int:
-    """Prints or writes the text, and draws. Returns 0, or 2 where the arguments do not allow it."""
-    code = 0
+def show(args: argparse.Namespace, text: str) -> int:
+    """Prints or writes the text. Returns 0, or 2 where it cannot be written."""
     try:
         if args.output:
             files.write_text(_in_a_folder(args.output), text + '\n')
@@ -206,17 +213,26 @@ def show(args: argparse.Namespace, results: list[Result], text: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _say(f'error: --output {args.output}: {error.strerror}')
-        code = 2
-    if args.plot and any(result.stages for result in results):
-        from . import plots
+        return 2
+    return 0
+
+
+def draw(args: argparse.Namespace, results: list[Result], checks: list[dict[str, Any]], command: str) -> int:
+    """Writes the picture and the page that are asked for. Returns 0, or 2 where one cannot be written."""
+    from . import page, plots
+
+    code = 0
+    for flag, name, write in (
+            ('--plot', args.plot, lambda path: plots.plot(
+                path, results, overlay=args.layout == 'overlay', share_y=args.share_y, dpi=args.dpi)),
+            ('--html', args.html, lambda path: page.write(path, results, checks, command))):
         try:
-            plots.plot(_in_a_folder(args.plot), results, overlay=args.layout == 'overlay', share_y=args.share_y,
-                       dpi=args.dpi)
+            if name:
+                write(_in_a_folder(name))
         except ModuleNotFoundError:
-            _say("error: --plot needs matplotlib: pip install 'timm_nonlocal[plot]'")
+            _say(f"error: {flag} needs matplotlib: pip install 'timm_nonlocal[plot]'")
             code = 2
         except (OSError, ValueError) as error:
-            _say(f'error: --plot {args.plot}: {error}')
+            _say(f'error: {flag} {name}: {error}')
             code = 2
     return code
-

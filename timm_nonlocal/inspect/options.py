@@ -77,6 +77,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shown.add_argument('--check', action='append', default=[], metavar='EXPR',
                        help="such as 'neg_top<=4': exit with 1 unless it holds of every block")
     shown.add_argument('--plot', metavar='FILE', help='also draw: .png, .svg or .pdf')
+    shown.add_argument('--html', metavar='FILE', help='also write one page that needs no network: table, spectra, '
+                       'kappa, and with images what chosen positions attend to')
     shown.add_argument('--layout', choices=['grid', 'overlay'], default='grid', help='a panel a block, or a target')
     shown.add_argument('--share-y', action=argparse.BooleanOptionalAction, default=True)
     shown.add_argument('--dpi', type=int, default=150)
@@ -93,10 +95,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--bn-eps {args.bn_eps}: it is added to a variance, 0 or above')
     if args.plot is not None and Path(args.plot).suffix not in ('.png', '.svg', '.pdf'):
         parser.error(f'--plot {args.plot}: name a file that ends in .png, .svg or .pdf')
+    if args.html is not None and Path(args.html).suffix not in ('.html', '.htm'):
+        parser.error(f'--html {args.html}: name a file that ends in .html')
     if args.mu_max is not None and not 0 < args.mu_max <= 2:
         parser.error(f'--mu-max {args.mu_max}: the eigenvalues of I - A lie between 0 and 2')
     if args.list and (unread := [flag for flag, given in (
-            ('--check', args.check), ('--plot', args.plot), ('--format', args.format != 'table'),
+            ('--check', args.check), ('--plot', args.plot), ('--html', args.html), ('--format', args.format != 'table'),
             ('--output', args.output), ('--stability', args.stability), ('--mu-max', args.mu_max),
             ('--data-dir', args.data_dir), ('--images', args.images)) if given]):
         parser.error(f'--list names the blocks and reads no weights: leave {" and ".join(unread)} out')

@@ -1,6 +1,7 @@
 """Images for a look inside a model: CIFAR's test images, prepared as for training, or a folder of pictures."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import create_transform, resolve_model_data_config
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ..datasets import DATASETS, DataError, mean_image, read_images
 
-__all__ = ['cifar', 'folder']
+__all__ = ['cifar', 'folder', 'pixels']
 
 MODES = {1: 'L', 3: 'RGB'}
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
@@ -67,3 +68,13 @@ def folder(path: str, model: nn.Module, count: int) -> tuple[Tensor, Tensor | No
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise ValueError(f'{found} cannot be read as a picture: {error}') from error
     return torch.stack(images), None
+
+
+def pixels(images: Tensor, model: Any, data_dir: str | None) -> Tensor:
+    """Images of `cifar` (from that folder) or `folder` as they look, (N, H, W, 3) uint8."""
+    if data_dir:
+        return read_images(f'cifar{model.num_classes}', data_dir, train=False)[0][:len(images)]
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
+    seen = (images * std + mean).clamp(0, 1).mul(255).round().byte()
+    return seen.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)

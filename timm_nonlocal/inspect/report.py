@@ -8,13 +8,16 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from torch import Tensor
 
 from ..analysis.spectra import Spectrum
 from ..checkpoints.targets import Source
 
-__all__ = ['Result', 'Stage', 'legend', 'markdown', 'printable', 'table', 'to_csv', 'to_json']
+__all__ = ['PICTURES', 'PLACES', 'Result', 'Seen', 'Stage', 'legend', 'markdown', 'number', 'printable', 'table', 'to_csv', 'to_json']
 
 SCHEMA = 'timm_nonlocal.inspect/1'
+PLACES = [(0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)]  # down and right in a picture
+PICTURES = 3  # that a page shows
 BLUE, RED, PLAIN = '\033[34m', '\033[31m', '\033[0m'
 
 COLUMNS = [  # heading, width, field, format
@@ -64,6 +67,14 @@ class Stage:
 
 
 @dataclass
+class Seen:
+    """Pictures, (N, H, W, 3) uint8, and by stage the rows of every A at `PLACES`, (N, P, h, w) on the stage's grid."""
+
+    pixels: Tensor
+    rows: dict[str, list[Tensor]]
+
+
+@dataclass
 class Result:
     """What came of one target."""
 
@@ -75,6 +86,7 @@ class Result:
     error: str | None = None
     code: int = 0
     mapped: bool = False
+    seen: Seen | None = None
 
     @property
     def label(self) -> str:
@@ -131,7 +143,8 @@ def to_csv(results: list[Result]) -> str:
     return text.getvalue().rstrip('\n')
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """As every text shows it; - where it is undefined."""
     if value is None:
         return '-'
     if form == '.4f' and value and not 1e-3 <= abs(value) < 1e4:
@@ -172,7 +185,7 @@ def table(result: Result, color: bool = False) -> str:
                 away = (block.neg_top - block.neg_top_null) / block.neg_top_null_sd
                 counts = f'{BLUE if away > 0 else RED}{counts}{PLAIN}' if abs(away) > 3 else counts
             lines.append(f'{block.index:>5}  {counts}' + ''.join(
-                f' {_number(getattr(block, name), form):>{width}}' for _, width, name, form in COLUMNS)
+                f' {number(getattr(block, name), form):>{width}}' for _, width, name, form in COLUMNS)
                 + (f'  {", ".join(block.flags)}' if block.flags else ''))
         lines += _stability(stage, stage.stability) if stage.stability else []
         lines += _inside(stage.images) if stage.images else []
@@ -197,9 +210,9 @@ def _stability(stage: Stage, whole: dict[str, Any]) -> list[str]:
         found = block.stability
         if found:
             outside = f'{found["outside"]}/{len(found["eigenvalues"])}'
-            kappa, radius, gain = (_number(found[name], '.4f') for name in ('kappa', 'radius', 'constant_gain'))
+            kappa, radius, gain = (number(found[name], '.4f') for name in ('kappa', 'radius', 'constant_gain'))
             lines.append(f'{block.index:>5}  {kappa:>10} {radius:>9} {outside:>9} {gain:>9}')
-    return [*lines, f'  all in a row: kappa = {_number(whole["kappa"], ".4f")} at mu = {whole["at_mu"]:.3f}']
+    return [*lines, f'  all in a row: kappa = {number(whole["kappa"], ".4f")} at mu = {whole["at_mu"]:.3f}']
 
 
 def _inside(found: dict[str, Any]) -> list[str]:
@@ -215,10 +228,10 @@ def _inside(found: dict[str, Any]) -> list[str]:
     lines.append(f'{"after":>5}  {"dirichlet":>10} {"variance":>9} {"power":>9} {"kappa":>9}')
     for n, values in enumerate(zip(found['dirichlet'], found['variance'], found['power'], strict=True)):
         kappa = found['kappa'][n - 1] if n and found['kappa'] else None
-        lines.append(f'{n:>5}  {_number(values[0], ".4g"):>10} {_number(values[1], ".4g"):>9} '
-                     f'{_number(values[2], ".4g"):>9} {_number(kappa, ".4f"):>9}')
+        lines.append(f'{n:>5}  {number(values[0], ".4g"):>10} {number(values[1], ".4g"):>9} '
+                     f'{number(values[2], ".4g"):>9} {number(kappa, ".4f"):>9}')
     if found['kappa_stage'] is not None:
-        lines.append(f'  all in a row: kappa = {_number(found["kappa_stage"], ".4f")} for the A measured')
+        lines.append(f'  all in a row: kappa = {number(found["kappa_stage"], ".4f")} for the A measured')
     elif found['markov']:
         lines.append('  no kappa: at some position the stationary distribution of A is next to 0')
     return lines
@@ -229,8 +242,8 @@ def _predictions(images: dict[str, Any]) -> list[str]:
              f'{"A":>10} {"accuracy %":>11} {"unchanged %":>12}']
     for name in ('learned', 'uniform', 'identity'):
         accuracy = images['accuracy'] and images['accuracy'][name]
-        lines.append(f'{name:>10} {_number(accuracy, ".2f"):>11} '
-                     f'{_number(images["agreement"].get(name, 100.0), ".2f"):>12}')
+        lines.append(f'{name:>10} {number(accuracy, ".2f"):>11} '
+                     f'{number(images["agreement"].get(name, 100.0), ".2f"):>12}')
     return lines
 
 
@@ -247,9 +260,9 @@ def markdown(results: list[Result]) -> str:
                       '| ---: ' * (len(COLUMNS) + 3) + '|']
             for block in stage.blocks:
                 counts = '-' if block.neg_top is None else f'{block.neg_top}/{block.pos_top}'
-                cells = [str(block.index), counts, *(_number(getattr(block, name), form)
+                cells = [str(block.index), counts, *(number(getattr(block, name), form)
                                                      for _, _, name, form in COLUMNS),
-                         _number((block.stability or {}).get('kappa'), '.4f')]
+                         number((block.stability or {}).get('kappa'), '.4f')]
                 lines.append('| ' + ' | '.join(cells) + ' |')
             lines.append('')
     return '\n'.join(lines).rstrip()
