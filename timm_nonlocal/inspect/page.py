@@ -32,7 +32,8 @@ EXPLAINED = {  # field: heading, what it says
     'neg_energy': ('negative energy', 'The share of Σλ² that the negative eigenvalues hold; 0.5 for random weights.'),
     'spectral_norm': ('‖W‖₂', 'The most that W can stretch a vector.'),
     'stable_rank': ('stable rank', '‖W‖²_F over ‖W‖²₂: how many directions carry W’s weight.'),
-    'effective_rank': ('effective rank', 'The exponential of the entropy of W’s singular values: the same, less strict.'),
+    'effective_rank': ('effective rank',
+                       'The same, less strict: the exponential of the entropy of W’s singular values.'),
     'nonnormality': ('non-normality', 'Henrici’s number: 0 where the eigenvectors of W are orthogonal.'),
 }
 STABILITY = {
@@ -96,7 +97,8 @@ def html(results: list[Result], checks: list[dict[str, Any]], command: str) -> s
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
         finalize=lambda value: printable(value, '\n') if type(value) is str else value)
-    environment.filters |= {'signed': lambda text: str(text).replace('-', '−'), 'number': _number, 'id': id, 'formula': _formula}
+    environment.filters |= {'signed': lambda text: text.replace('-', '−'), 'number': _number, 'id': id,
+                            'formula': _formula}
     return environment.get_template('page.html.j2').render(
         targets=[(mark, result, _facts(result)) for mark, result in targets], parts=parts,
         groups=list(_groups(parts)), columns=COLUMNS, explained=EXPLAINED, stability=STABILITY, basis=BASIS,
@@ -107,7 +109,9 @@ def html(results: list[Result], checks: list[dict[str, Any]], command: str) -> s
                 for block in part.stage.blocks if part.stage.stability and block.stability},
         energies={id(part): _energies(part.stage.images, f'e{index}') for index, part in enumerate(parts)
                   if part.stage.images},
-        looks={id(part): list(_looks(part)) for part in parts if part.result.seen}, places=PLACES, scale=_scale(),
+        looks={id(part): looks for part in parts if (looks := list(_looks(part)))}, scale=_scale(),
+        watched=any(result.images for result in results),
+        kept='/'.join(map(str, sorted({block.top_k for part in parts for block in part.stage.blocks}))),
         checks=checks, command=command, versions={
             'timm_nonlocal': __version__, 'torch': torch.__version__, 'huggingface_hub': huggingface_hub.__version__})
 
@@ -194,10 +198,11 @@ class Tile:
 
 def _looks(part: Part) -> Iterator[list[tuple[str, list[Tile]]]]:
     """For every A of the stage, for every picture, the picture itself and a tile a position."""
-    seen = part.result.seen
-    for rows in seen.rows.get(part.stage.name, []) if seen else []:
-        yield [(_uri(_small(picture)), [_tile(_small(picture), row, place) for row, place in zip(each, PLACES, strict=True)])
-               for picture, each in zip(seen.pixels, rows, strict=True)] if seen else []
+    if seen := part.result.seen:
+        pictures = [_small(picture) for picture in seen.pixels]
+        for rows in seen.rows.get(part.stage.name, []):
+            yield [(_uri(picture), [_tile(picture, row, place) for row, place in zip(each, PLACES, strict=True)])
+                   for picture, each in zip(pictures, rows, strict=True)]
 
 
 def _small(picture: Tensor) -> Tensor:
@@ -214,4 +219,5 @@ def _tile(picture: Tensor, row: Tensor, place: tuple[float, float]) -> Tile:
     weight = 0.35 + 0.65 * share[..., None].sqrt()
     mixed = (1 - weight) * 0.8 * grey + weight * _colors(share)
     down, right = ((int(part * size) + 0.5) / size for part, size in zip(place, row.shape, strict=True))
-    return Tile(_uri(mixed.clamp(0, 1).mul(255).round().byte()), row.max().item() * row.numel(), 100 * down, 100 * right)
+    pixels = mixed.clamp(0, 1).mul(255).round().byte()
+    return Tile(_uri(pixels), row.max().item() * row.numel(), 100 * down, 100 * right)

@@ -180,5 +180,6 @@ def _planes(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], overlay: 
             continue
         plane(panel, stage, block, disc=not overlay or number == 0)
         if not overlay:
-            panel.set_title(f'{block.stability["outside"]} of {len(block.stability["eigenvalues"])} outside the CFL disc, '
-                            f'κ = {block.stability["kappa"]:.2f}', fontsize='small')
+            found = block.stability
+            panel.set_title(f'{found["outside"]} of {len(found["eigenvalues"])} outside the CFL disc, '
+                            f'κ = {found["kappa"]:.2f}', fontsize='small')

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..analysis.spectra import Spectrum
 from ..checkpoints.targets import Source
 
-__all__ = ['PICTURES', 'PLACES', 'Result', 'Seen', 'Stage', 'legend', 'markdown', 'number', 'printable', 'table', 'to_csv', 'to_json']
+__all__ = ['PICTURES', 'PLACES', 'Result', 'Seen', 'Stage', 'legend', 'markdown', 'number', 'printable', 'table',
+           'to_csv', 'to_json']
 
 SCHEMA = 'timm_nonlocal.inspect/1'
 PLACES = [(0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)]  # down and right in a picture
