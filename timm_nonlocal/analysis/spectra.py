@@ -40,7 +40,8 @@ class Spectrum:
         name: the block's own prefix.
         keys: names in the state dict: `w_z`, `w_g`, the prefix of a batch norm `bn` and the gain `scale` or None.
         naming: the layout its keys were recognised by (`timm_nonlocal.checkpoints.layouts`).
-        formulation: 'original' (eq. (1)), 'proposed' (eq. (8)) or 'unknown' (a control without θ).
+        formulation: 'original' (eq. (1)), 'proposed' (eq. (8)) or 'unknown' (no θ among the names, and no module
+            that tells).
         symmetric: whether φ = θ; None where the names do not tell.
         C, C_inner: the channels outside, C, and inside, C'.
         method: 'dense' (C×C), or 'reduced' to the range of U (2C'×2C') where 2C' < C.

@@ -133,7 +133,8 @@ def _groups(parts: list[Part]) -> Iterator[list[Part]]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return number(value, form).replace('-', '−') if value is not None else '–'
+    text = number(value, form).replace('-', '−') if value is not None else '–'
+    return re.sub(r'(?<=e[+−])0+(?=\d)', '', text)
 
 
 def _formula(text: str) -> Markup:

@@ -157,8 +157,8 @@ def drawing(draw: Callable[[Any], None], width: float, height: float, name: str)
             'axes.spines.top': False, 'axes.spines.right': False, 'xtick.major.size': 2, 'ytick.major.size': 2,
             'xtick.major.width': 0.5, 'ytick.major.width': 0.5, 'xtick.color': FRAME, 'ytick.color': FRAME,
             'xtick.labelcolor': 'black', 'ytick.labelcolor': 'black', 'axes.linewidth': 0.5}):
-        figure = Figure(figsize=(width, height), layout='constrained')
-        draw(figure.subplots())
+        figure = Figure(figsize=(width, height))
+        draw(figure.add_axes((0.46 / width, 0.2 / height, 1 - 0.5 / width, 1 - 0.3 / height)))
         figure.savefig(text, format='svg', transparent=True, metadata={'Date': None})
     svg = text.getvalue()[text.getvalue().index('<svg'):]
     svg = re.sub(r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>', '', svg, flags=re.DOTALL)
