@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -157,43 +158,51 @@ def test_rows_are_those_of_a():
         torch.testing.assert_close(found[name][0].flatten(2).float(), a[:, [0, 7, 14]])
 
 
-@pytest.mark.slow
-def test_a_browser_shows_it_and_fetches_nothing(inspect, runs, small_cifar_here, tmp_path):
+@contextmanager
+def opened(path, width, scheme):
+    """The page in a browser, the addresses it asks for (answered is itself alone), and what the console says."""
     playwright = pytest.importorskip('playwright.sync_api', reason='no playwright: pip install playwright')
     if not CHROMIUM.is_file():
         pytest.skip(f'no {CHROMIUM}')
+    requests, complaints = [], []
+
+    def answer(route):
+        requests.append(route.request.url)
+        route.continue_() if route.request.url == path.as_uri() else route.abort()
+
+    with playwright.sync_playwright() as chrome:
+        browser = chrome.chromium.launch(executable_path=str(CHROMIUM), args=['--no-sandbox'])
+        tab = browser.new_context(viewport={'width': width, 'height': 900}, color_scheme=scheme).new_page()
+        tab.route(lambda url: not url.startswith('data:'), answer)
+        tab.on('console', lambda message: complaints.append(message.text))
+        tab.on('pageerror', lambda error: complaints.append(str(error)))
+        tab.goto(path.as_uri(), wait_until='networkidle')
+        yield tab, requests, complaints
+        browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('width', 'scheme'), [(1280, 'light'), (390, 'dark')])
+@pytest.mark.parametrize('watched', ['--data-dir', '--images', '--stability'])
+def test_a_browser_shows_it_and_fetches_nothing(inspect, runs, small_cifar_here, tmp_path, watched, width, scheme):
     (tmp_path / 'pictures').mkdir()
     for name in 'ab':
         Image.effect_noise((300, 200), 90).convert('RGB').save(tmp_path / 'pictures' / f'{name}.png')
-    for name, arguments in {'cifar': ('--data-dir', small_cifar_here), 'pictures': ('--images', tmp_path / 'pictures'),
-                            'weights': ('--stability',)}.items():
-        path = tmp_path / f'{name}.html'
-        code, out, _ = inspect(*runs, *arguments, '--num-images', 2, '--html', path, '--json')
-        assert code == 0
-        counts = [block['neg_top'] for target in json.loads(out)['targets'] for stage in target['stages']
-                  for block in stage['blocks']]
-        with playwright.sync_playwright() as chrome:
-            browser = chrome.chromium.launch(executable_path=str(CHROMIUM), args=['--no-sandbox'])
-            for width, scheme in ((1280, 'light'), (390, 'dark')):
-                tab = browser.new_context(viewport={'width': width, 'height': 900}, color_scheme=scheme).new_page()
-                requests, complaints = [], []
-                tab.route(lambda url: not url.startswith('data:'), lambda route: (
-                    requests.append(route.request.url),
-                    route.continue_() if route.request.url == path.as_uri() else route.abort()))
-                tab.on('console', lambda message, to=complaints: to.append(message.text))
-                tab.on('pageerror', lambda error, to=complaints: to.append(str(error)))
-                tab.goto(path.as_uri(), wait_until='networkidle')
-                assert (requests, complaints) == ([path.as_uri()], [])
-                assert tab.evaluate('document.documentElement.scrollWidth') <= width, name
-                sizes = tab.evaluate('[...document.images].map(image => [image.complete, image.naturalWidth])')
-                assert len(sizes) == (0 if name == 'weights' else 4 * 2 * 6)
-                assert all(complete and natural > 0 for complete, natural in sizes)
-                shown = tab.locator('td[data-field=neg_top]').all_inner_texts()
-                assert [int(text) for text in shown] == counts
-                drawn = tab.evaluate('[...document.querySelectorAll("svg")].map(svg => [svg.clientWidth, svg.getBBox()'
-                                     '.height])')
-                assert len(drawn) == (12 if name == 'weights' else 16) and all(min(size) > 50 for size in drawn)
-                ink, ground = tab.evaluate('["color", "backgroundColor"].map(name => getComputedStyle(document.body)'
-                                           '[name].match(/\\d+/g).map(Number).reduce((a, b) => a + b))')
-                assert (ink < ground) == (scheme == 'light')
-            browser.close()
+    where = {'--data-dir': [small_cifar_here], '--images': [tmp_path / 'pictures'], '--stability': []}[watched]
+    code, out, _ = inspect(*runs, watched, *where, '--num-images', 2, '--html', tmp_path / 'page.html', '--json')
+    blocks = [block for target in json.loads(out)['targets'] for stage in target['stages']
+              for block in stage['blocks']]
+    with opened(tmp_path / 'page.html', width, scheme) as (tab, requests, complaints):
+        assert (code, requests, complaints) == (0, [(tmp_path / 'page.html').as_uri()], [])
+        assert tab.evaluate('document.documentElement.scrollWidth') <= width
+        images = tab.evaluate('[...document.images].map(image => [image.complete, image.naturalWidth])')
+        assert len(images) == (0 if watched == '--stability' else 4 * 2 * 6)
+        assert all(complete and natural > 0 for complete, natural in images)
+        shown = tab.locator('td[data-field=neg_top]').all_inner_texts()
+        assert [int(text) for text in shown] == [block['neg_top'] for block in blocks]
+        drawn = tab.evaluate('[...document.querySelectorAll("svg")].map(svg => [svg.clientWidth, '
+                             'svg.getBBox().height])')
+        assert len(drawn) == (12 if watched == '--stability' else 16) and all(min(size) > 50 for size in drawn)
+        ink, ground = tab.evaluate('["color", "backgroundColor"].map(name => getComputedStyle(document.body)[name]'
+                                   '.match(/[0-9]+/g).map(Number).reduce((a, b) => a + b))')
+        assert (ink < ground) == (scheme == 'light')

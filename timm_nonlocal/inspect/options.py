@@ -1,6 +1,6 @@
 """What every nonlocal block of a network has learned, from its weights, and on request on images.
 
-    python -m timm_nonlocal.inspect TARGET… [--stability] [--data-dir DIR] [--json] [--plot FILE] [--check EXPR]
+    python -m timm_nonlocal.inspect TARGET… [--stability] [--data-dir DIR] [--json] [--plot FILE] [--html FILE]
 
 Exit codes, the highest of all targets: 0 done; 1 a --check failed, or weights or features are not finite; 2 the
 arguments are off; 3 a target cannot be found or read; 4 it has no nonlocal block; 5 an unsafe pickle is refused; 6 the
@@ -20,7 +20,7 @@ __all__ = ['parse']
 EXAMPLES = """examples:
   python -m timm_nonlocal.inspect runs/preresnet20_nl_proposed_k5.cifar10.seed0 --plot spectrum.svg
   python -m timm_nonlocal.inspect user/repo@v1 model.safetensors checkpoint.pth --json
-  python -m timm_nonlocal.inspect DIR --stability --data-dir data
+  python -m timm_nonlocal.inspect DIR preresnet20_nl_original_k3 --data-dir data --html page.html
   python -m timm_nonlocal.inspect DIR --check 'neg_top<=4' --check 'alignment>0.2' -q"""
 
 
