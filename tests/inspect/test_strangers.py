@@ -82,8 +82,10 @@ def test_a_config_on_the_hub_is_read_where_the_weights_do_not_tell(inspect, tmp_
 @pytest.mark.parametrize(('module', 'expected'), [(NonlocalStage, 'proposed'), (NonlocalBlocks, 'original')])
 @pytest.mark.parametrize('affinity', ['gaussian', 'uniform'])
 def test_a_module_tells_the_formulation(module, expected, affinity):
-    net = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.DataParallel(module(8, k=2, affinity=affinity)))
-    assert [(record.formulation, record.symmetric) for record in spectrum(net)] == [(expected, True)] * 2
+    block = module(8, k=2, affinity=affinity)
+    other = {'proposed': NonlocalBlocks, 'original': NonlocalStage}[expected](8, k=1, affinity=affinity)
+    for net in (block, torch.nn.ModuleDict({'n': other, 'nl': torch.nn.DataParallel(block)})):
+        assert [(record.formulation, record.symmetric) for record in spectrum(net)][-2:] == [(expected, True)] * 2
 
 
 # tensors

@@ -309,9 +309,12 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
 
 def _told(block: Block, model: nn.Module) -> Block:
     """The block, and what the module says that it is in where the names do not tell it: without θ there is no φ."""
+    if block.formulation != 'unknown':
+        return block
     kinds = (recorder.formulation(module) for name, module in recorder.nonlocal_modules(model).items()
-             if block.formulation == 'unknown' and block.w_g.startswith(name))
+             if not name or block.w_g.startswith(f'{name}.'))
     return replace(block, formulation=kind, symmetric=True) if (kind := next(kinds, None)) else block
+
 
 
 def _found(tensors: Mapping[str, Tensor], key_map: dict[str, re.Pattern] | None) -> Found:
