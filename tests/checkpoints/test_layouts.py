@@ -161,8 +161,10 @@ def test_own_blocks():
     records = spectrum(nn.ModuleDict({'here': stage, 'there': NonlocalBlocks(8, 2), 'alone': NonlocalBlock(8),
                                       'control': NonlocalStage(8, 1, affinity='uniform')}))
     assert [(r.stage, r.index, r.formulation, r.symmetric) for r in records] == [
-        ('alone', 0, 'original', False), ('control', 0, 'unknown', None), ('here', 0, 'proposed', True),
+        ('alone', 0, 'original', False), ('control', 0, 'proposed', True), ('here', 0, 'proposed', True),
         ('here', 1, 'proposed', True), ('there', 0, 'original', False), ('there', 1, 'original', False)]
+    (control,) = spectrum(NonlocalStage(8, 1, affinity='uniform').state_dict())  # whose names do not tell
+    assert (control.formulation, control.symmetric) == ('unknown', None)
     as_conv = {key: value[:, :, None, None] for key, value in stage.state_dict().items()}
     assert spectrum(as_conv) == spectrum(stage)
 

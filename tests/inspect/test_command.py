@@ -15,38 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
+from tests.support.one_line import fails
 from tests.support.process import ROOT, run
 from tests.support.range_server import COMMITS, serving
-from timm_nonlocal import NonlocalBlocks, spectrum
+from timm_nonlocal import NonlocalBlocks
 from timm_nonlocal.inspect.command import main
 
 GOLDEN = Path(__file__).with_name('golden') / 'inspect.json'
-
-
-@pytest.fixture
-def inspect(capsys):
-    """Runs the command in this process: its exit code, and what it printed on stdout and stderr."""
-    def call(*arguments):
-        try:
-            code = main([*map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return call
-
-
-@pytest.fixture
-def weights(tmp_path):
-    model = timm.create_model('preresnet20_nl_proposed_k2')
-    path = tmp_path / 'model.safetensors'
-    save_file(model.state_dict(), path)
-    return path, spectrum(model)
-
-
-def fails(inspect, code, message, *arguments):
-    """One line, with the message, and no traceback."""
-    found, out, err = inspect(*arguments)
-    assert (found, out) == (code, '') and len(err.splitlines()) == 1 and message in err, (found, out, err)
 
 
 # what it prints

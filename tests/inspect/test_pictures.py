@@ -37,3 +37,20 @@ def test_a_folder_of_pictures(tmp_path):
         Image.new('RGB', (48, 40), (number * 80, 0, 255)).save(tmp_path / path, 'PNG')
     images, labels = pictures.folder(str(tmp_path), timm.create_model('preresnet20'), 5)
     assert images.shape == (2, 3, 32, 32) and labels is None
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_pixels_are_the_pictures(tmp_path, channels):
+    colour = (90, 90, 90) if channels == 1 else (200, 30, 90)
+    Image.new('RGB', (48, 40), colour).save(tmp_path / 'one.png')
+    model = timm.create_model('preresnet20', in_chans=channels)
+    images, _ = pictures.folder(str(tmp_path), model, 1)
+    pixels = pictures.pixels(images, model, None)
+    assert pixels.shape == (1, 32, 32, 3) and (pixels.int() - torch.tensor(colour)).abs().max() <= 1
+
+
+def test_pixels_of_cifar_are_its_own(small_cifar_here):
+    from torchvision.datasets import CIFAR10
+    images, _ = pictures.cifar(str(small_cifar_here), 10, 7)
+    pixels = pictures.pixels(images, timm.create_model('preresnet20'), str(small_cifar_here))
+    assert torch.equal(pixels, torch.from_numpy(CIFAR10(small_cifar_here, train=False).data[:7]))

@@ -5,7 +5,7 @@ happens inside is worked out again from `relate` and the weights, in float64, by
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..layers.blocks import NonlocalBlock, NonlocalBlocks, NonlocalStage
 from ..ops.reference import original_block, proposed_stage
 from . import dynamics
 
-__all__ = ['NonlocalModule', 'affinities', 'block_weights', 'formulation', 'identity', 'nonlocal_modules',
+__all__ = ['NonlocalModule', 'affinities', 'block_weights', 'formulation', 'identity', 'nonlocal_modules', 'rows',
            'trajectory', 'uniform', 'watch']
 
 SPECTRAL_IMAGES = 4  # what needs the eigenvalues of A is measured on this many
@@ -203,6 +203,43 @@ def watch(model: nn.Module, images: Tensor, labels: Tensor | None = None,
         'agreement': {name: _percent(found, learned) for name, found in predictions.items() if name != 'learned'},
         'modules': {name: _summary(found) for name, found in records.items()},
     }
+
+
+@torch.no_grad()
+def rows(model: nn.Module, images: Tensor, places: Sequence[tuple[float, float]]) -> dict[str, list[Tensor]]:
+    """What chosen positions look at: rows of A as pictures.
+
+    Args:
+        model: in eval mode; it is left as it was.
+        images: (N, 3, H, W), as the model takes them.
+        places: P positions (down, right), as fractions of the grid in [0, 1).
+
+    Returns:
+        by module, for every block that has an A of its own, (N, P, h, w) on the module's grid; none of other grids.
+
+    Example:
+        >>> model = nn.Sequential(NonlocalBlock(4, affinity='uniform')).eval()
+        >>> (a,) = rows(model, torch.randn(2, 4, 5, 3), [(0.5, 0.5)])['0']
+        >>> a.shape, round(a[0, 0].sum().item(), 6)
+        (torch.Size([2, 1, 5, 3]), 1.0)
+    """
+    doubles = {name: copy.deepcopy(module).double() for name, module in nonlocal_modules(model).items()}
+    found: dict[str, list[list[Tensor]]] = {}
+
+    def record(name: str, module: NonlocalModule, x: Tensor) -> None:
+        if x.ndim != 4:
+            return
+        h, w = x.shape[2:]
+        chosen, tokens = [int(down * h) * w + int(right * w) for down, right in places], _tokens(x).double()
+        z = trajectory(doubles[name], tokens)[1]
+        found.setdefault(name, []).append([
+            relate(z[n]).expand(1, h * w, h * w)[0, chosen].reshape(-1, h, w).clone()
+            for n, relate in enumerate(affinities(doubles[name]))])
+
+    with _hooked(model, record):
+        for image in images.split(1):
+            model(image)
+    return {name: [torch.stack(maps) for maps in zip(*each, strict=True)] for name, each in found.items()}
 
 
 def _ticked(model: nn.Module, image: Tensor, index: int, count: int, tick: Callable[[int, int], None]) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..checkpoints.layouts import Block, Found, find, parse_key_map
 from ..checkpoints.stored import own_weight
 from ..layers.stable import stable_weights
+from . import recorder
 from .random_weights import negative_of_random_weights
 
 __all__ = ['BN_EPS', 'TOP', 'Spectrum', 'block_weights', 'measure', 'numbers', 'restricted', 'spectrum',
@@ -39,7 +40,8 @@ class Spectrum:
         name: the block's own prefix.
         keys: names in the state dict: `w_z`, `w_g`, the prefix of a batch norm `bn` and the gain `scale` or None.
         naming: the layout its keys were recognised by (`timm_nonlocal.checkpoints.layouts`).
-        formulation: 'original' (eq. (1)), 'proposed' (eq. (8)) or 'unknown' (a control without θ).
+        formulation: 'original' (eq. (1)), 'proposed' (eq. (8)) or 'unknown' (no θ among the names, and no module
+            that tells).
         symmetric: whether φ = θ; None where the names do not tell.
         C, C_inner: the channels outside, C, and inside, C'.
         method: 'dense' (C×C), or 'reduced' to the range of U (2C'×2C') where 2C' < C.
@@ -217,16 +219,18 @@ def block_weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_E
     W_Z, times the block's gain; its shift does not depend on Z.
 
     Raises:
-        ValueError: a weight that is not floating point.
+        ValueError: a weight that is not floating point, or on the meta device.
     """
     for name in block.names:
+        if tensors[name].is_meta:
+            raise ValueError(f'{name} is on the meta device: it has a shape and no values')
         if not tensors[name].is_floating_point() and not name.endswith('weight_mask'):
             raise ValueError(f'{name} is {str(tensors[name].dtype).removeprefix("torch.")}, not floating point')
 
     def wide(name: str) -> Tensor:
         tensor = tensors[name].detach()
         whole: Any = getattr(tensor, 'full_tensor', None)  # of a DTensor, whose import takes a second
-        return (whole() if whole else tensor).cpu().double()
+        return (whole() if whole else tensor).to_dense().cpu().double()
 
     if block.base:
         w_g, w_z = stable_weights(wide(block.w_g), wide(block.base), wide(block.w_z))
@@ -299,8 +303,18 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
         found = _found(tensors, patterns)
     for warning in found.warnings:
         warnings.warn(warning, stacklevel=2)
-    return [measure(block, tensors, top, fold, norms.get(block.norm, BN_EPS) if eps is None else eps)
-            for block in found.blocks]
+    return [measure(block if model is None else _told(block, model), tensors, top, fold,
+                    norms.get(block.norm, BN_EPS) if eps is None else eps) for block in found.blocks]
+
+
+def _told(block: Block, model: nn.Module) -> Block:
+    """The block, and what the module says that it is in where the names do not tell it: without θ there is no φ."""
+    if block.formulation != 'unknown':
+        return block
+    kinds = (recorder.formulation(module) for name, module in recorder.nonlocal_modules(model).items()
+             if not name or block.w_g.startswith(f'{name}.'))
+    return replace(block, formulation=kind, symmetric=True) if (kind := next(kinds, None)) else block
+
 
 
 def _found(tensors: Mapping[str, Tensor], key_map: dict[str, re.Pattern] | None) -> Found:

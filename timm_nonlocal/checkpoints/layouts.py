@@ -13,6 +13,7 @@ prefix. The known namings:
     biggan-hf       snconv1x1_g, snconv1x1_o_conv, a scalar gamma          pytorch-pretrained-biggan
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -91,8 +92,8 @@ def find(shapes: Mapping[str, Shape | None], key_map: dict[str, re.Pattern] | No
         else:
             seen.add(block.w_g)
             norm = block.norm
-            if norm and not all(f'{norm}.{part}' in view for part in ('weight', 'running_var')):
-                found.warnings.append(f'{norm} after {block.w_z} has no weight and running variance: not folded')
+            if norm and (why := _unfoldable(norm, view[block.w_z], view)):
+                found.warnings.append(f'{norm} after {block.w_z} has {why}: not folded')
                 norm = None
             found.blocks.append(_renamed(block, norm, names))
     for layer, weight in layers.items():
@@ -250,7 +251,19 @@ def _misfit(block: Block, view: Mapping[str, Shape | None]) -> str | None:
         return '' if (view[block.base], z) == ((g[1], g[1]), (g[0], g[0])) else f'{pair}: no stable block: left out'
     if g[1::-1] != z[:2]:
         return f'{pair}: W_Z has not the shape of W_g\'s transpose: left out'
+    if block.scale and (own := view[block.scale]) is not None and math.prod(own) not in (1, z[0]):
+        return f'{pair}: {block.scale} {own} is neither one gain nor one a channel: left out'
     return ''
+
+
+def _unfoldable(norm: str, z: Shape | None, view: Mapping[str, Shape | None]) -> str | None:
+    """Why a batch norm after W_Z, of shape z, cannot be folded into it, in words."""
+    parts = [f'{norm}.{part}' for part in ('weight', 'running_var')]
+    if not all(part in view for part in parts):
+        return 'no weight and running variance'
+    if z and any(view[part] not in ((z[0],), None) for part in parts):
+        return f'a weight {view[parts[0]]} and a running variance {view[parts[1]]}, not {z[0]} numbers each'
+    return None
 
 
 def _renamed(block: Block, norm: str | None, names: Mapping[str, str]) -> Block:

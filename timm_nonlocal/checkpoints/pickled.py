@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .layouts import Shape, find
-from .tensorfile import CheckpointError, UnsafePickleError
+from .tensorfile import CheckpointError, UnsafePickleError, is_pickle, named
 
 __all__ = ['InMemory', 'load_pickle']
 
@@ -69,15 +69,16 @@ def load_pickle(path: Path, mode: str = 'local') -> InMemory:
         with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about old protocols
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # torch has no error of its own for a file that is no checkpoint
+        what = named(path) or (None if zipfile.is_zipfile(path) or is_pickle(path) else 'no pickle, or one cut short')
+        if what or not isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(f'{path} is neither a safetensors file nor a readable pickle of tensors ' + (
+                f'but {what}' if what else f'({type(error).__name__}: {_last_line(error)})')) from error
         asks = re.search(r'GLOBAL ([\w.]+)|(Unsupported \w+ \d+)', str(error))
         reason = f'it asks for {asks[1]}' if asks and asks[1] else asks[2] if asks else _last_line(error)
         raise UnsafePickleError(
             f'{path} is refused: it is no pickle of tensors and plain values alone ({reason}), and nothing else is '
             f'loaded; save its state dict as safetensors where you trust it') from error
-    except Exception as error:  # torch has no error of its own for a file that is no checkpoint
-        raise CheckpointError(f'{path} is neither a safetensors file nor a readable pickle of tensors '
-                              f'({type(error).__name__}: {_last_line(error)})') from error
     groups = {'.'.join(way): tensors for way, tensors in _groups(content, (), set())}
     if not groups:
         raise CheckpointError(f'{path} holds no state dict')

@@ -126,6 +126,17 @@ class Repo:
                 raise HubError(f'{self.id} is not in the cache, and this is offline')
             raise CheckpointError(f'{self.id} has no {" or ".join(names)}; name a file with --file')
 
+    def text(self, name: str) -> str | None:
+        """A small file of the repository as text; None where it has none. Raises HubError."""
+        sha256 = self.sha256
+        try:
+            with self._errors():
+                return self._text(name)
+        except EntryNotFoundError:
+            return None
+        finally:
+            self.sha256 = sha256  # of the weights
+
     def _weights(self, name: str, load_pickle: Callable[[Path, str], TensorFile]) -> TensorFile:
         return self._safetensors(name) if name.endswith('.safetensors') else self._pickle(name, load_pickle)
 

@@ -6,7 +6,9 @@ place, and the tensors. Nothing in a header is believed before it is checked aga
 
 import json
 import math
+import pickletools
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 from .layouts import Shape
 
 __all__ = ['CheckpointError', 'HubError', 'LocalFile', 'RangedFile', 'ShardedFile', 'TensorFile', 'UnsafePickleError',
-           'header_length', 'parse_header', 'spans']
+           'header_length', 'is_pickle', 'named', 'parse_header', 'spans']
 
 MAX_HEADER = 25_000_000  # bytes
 GAP = 64 * 1024  # bytes between two tensors that are still read in one go
@@ -47,6 +49,34 @@ class HubError(CheckpointError):
     """The Hub cannot be reached, or does not let us in."""
 
     code = 6
+
+
+def named(path: Path) -> str | None:
+    """What a file is that people take for weights and that holds none, in words; None where it is not one of these."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(512)
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    except (OSError, zipfile.BadZipFile):
+        return None
+    if start.startswith(b'version https://git-lfs'):
+        return 'a Git LFS pointer in place of the file: `git lfs pull` gets that'
+    if any(re.fullmatch(r'[^/]+/(?:code/.*|constants\.pkl)', name) for name in names):
+        return 'a TorchScript archive, which is a program: save the state_dict() of the module that it was made from'
+    if names and not any(name.endswith('data.pkl') for name in names):
+        return 'a zip archive that torch.save did not write'
+    if start.lstrip().startswith((b'<!', b'<html', b'<?xml')):
+        return 'a page, perhaps of an error, that was saved under this name'
+    return None if start else 'empty'
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file that is no zip archive begins with a whole pickle, of which nothing is run."""
+    try:
+        with open(path, 'rb') as file:
+            return all(True for _ in pickletools.genops(file))
+    except Exception:  # whatever the arguments of its opcodes cannot be
+        return False
 
 
 class TensorFile(Protocol):
@@ -234,7 +264,8 @@ class LocalFile:
         return tensors
 
     def _unreadable(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f'{self.path} is not a readable safetensors file: {error}')
+        what = named(self.path)
+        return CheckpointError(f'{self.path} is not a readable safetensors file: {f"it is {what}" if what else error}')
 
 
 class ShardedFile:

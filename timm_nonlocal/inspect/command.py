@@ -4,26 +4,25 @@ import argparse
 import fnmatch
 import math
 import os
+import shlex
 import sys
 import traceback
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-import timm
-from torch import nn
 
 from .. import __version__, files
 from ..analysis.spectra import block_weights, measure
 from ..analysis.stability import stability
 from ..checkpoints.layouts import find, near, parse_key_map
-from ..checkpoints.names import renamed
-from ..checkpoints.targets import Options, Source, near_names, open_target
+from ..checkpoints.targets import Options, Source, open_target
 from ..checkpoints.tensorfile import CheckpointError
 from . import pictures, report
 from .checks import run_checks
+from .network import build, formulation
 from .options import parse
-from .report import Result, Stage
+from .report import Result, Seen, Stage, printable
 
 __all__ = ['main']
 
@@ -38,14 +37,19 @@ def examine(target: str, args: argparse.Namespace) -> Result:
               if (args.stage is None or fnmatch.fnmatchcase(block.stage, args.stage))
               and args.block in (None, block.index)]
     result = Result(target, source, warnings=[*source.notes, *found.warnings])
+    result.mapped = any(block.naming == 'key-map' for block in found.blocks)
     if not blocks:
-        result.code, result.error = 4, _nothing(source, len(found.blocks))
+        result.code, result.error = 4, _nothing(source, len(found.blocks), args.key_map)
         return result
+    if any(block.formulation == 'unknown' for block in blocks) and (kind := formulation(source, args.arch)):
+        blocks = [replace(block, formulation=kind, symmetric=True) if block.formulation == 'unknown' else block
+                  for block in blocks]  # without θ there is no φ
     if args.list:
         for block in blocks:
             shape = source.tensors.shapes[block.w_g]
-            print(f"{target}\t{block.name or '(root)'}\t{block.formulation}\tC = {shape[1]}, C' = {shape[0]}\t"
-                  f'{block.naming}\t{" ".join(name for name in block.keys.values() if name)}')
+            print('\t'.join(map(printable, (
+                target, block.name or '(root)', block.formulation, f"C = {shape[1]}, C' = {shape[0]}", block.naming,
+                ' '.join(filter(None, block.keys.values()))))))
         return result
     tensors = source.tensors.read([name for block in blocks for name in block.names])
     for name, members in groupby(blocks, key=lambda block: block.stage):
@@ -69,43 +73,28 @@ def examine(target: str, args: argparse.Namespace) -> Result:
                 result.code = 1
                 result.warnings.append(f'{name}: {error}')
         elif args.stability:
-            result.warnings.append(f'{name}: the names do not tell eq. (1) from eq. (8), so that it has no kappa')
+            result.warnings.append(f'{name}: the names do not tell eq. (1) from eq. (8), so that it has no kappa: '
+                                   f'name the network with --arch')
         result.stages.append(stage)
     if args.data_dir or args.images:
         _watch(result, source, args)
     return result
 
 
-def _nothing(source: Source, left_out: int) -> str:
+def _nothing(source: Source, left_out: int, key_map: str | None) -> str:
     """Why no block is measured, `left_out` of them because of the options."""
     if left_out:
         return (f'{source.label} has no nonlocal block of the {left_out} it has that --stage and --block let '
                 f'through')
     shapes = source.tensors.shapes
+    if key_map:
+        matched = ', '.join(f'{sum(bool(pattern.search(name)) for name in shapes)} names for {role}'
+                            for role, pattern in parse_key_map(key_map).items())
+        return (f'{source.label} has no nonlocal block: --key-map matches {matched} of its {len(shapes)} tensors, and '
+                f'no two with the same text left over and the shapes of W_g and W_Z')
     pairs = '; '.join(f'{g} with {z}' for g, z in near(shapes))
     return (f'{source.label} has no nonlocal block among its {len(shapes)} tensors that a known naming fits'
             + (f'; the nearest pairs of transposed shapes are {pairs}: name them with --key-map' if pairs else ''))
-
-
-def build(source: Source, arch: str | None) -> nn.Module:
-    """The network that a target's weights belong to, with them, in eval mode. Raises CheckpointError."""
-    name = arch or source.architecture
-    try:
-        if source.kind == 'dir' and source.file and not arch and name:
-            return timm.create_model(f'local-dir:{Path(source.file).parent}', pretrained=True).eval()
-        if source.repo and not arch and not name:
-            return timm.create_model(f'hf-hub:{source.repo.id}@{source.repo.commit or source.repo.revision or "main"}',
-                                     pretrained=True).eval()
-        if not name:
-            raise CheckpointError(f'{source.input} does not say which network it belongs to: name it with --arch')
-        if not timm.is_model(name.partition('.')[0]):
-            raise CheckpointError(f'--arch {name}: no such registered name.{near_names(name)}')
-        model = timm.create_model(source.input if not arch and source.kind == 'model' else name)
-        model.load_state_dict(renamed(source.state_dict(), model.state_dict()))
-        return model.eval()
-    except (RuntimeError, TypeError, ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f'{source.input}: the network cannot be built: '
-                              f'{" ".join(str(error).split())[:300]}') from error
 
 
 def _finite(value: Any) -> bool:
@@ -139,6 +128,9 @@ def _watch(result: Result, source: Source, args: argparse.Namespace) -> None:
         result.warnings.append('the features of the images are not finite, so they are not shown')
         return
     measured = result.images.pop('modules')
+    if args.html:
+        few = images[:report.PICTURES]
+        result.seen = Seen(pictures.pixels(few, model, args.data_dir), recorder.rows(model, few, report.PLACES))
     for stage in result.stages:
         stage.images = measured.get(stage.name)
         if stage.images is None:
@@ -159,6 +151,10 @@ def render(args: argparse.Namespace, results: list[Result], checks: list[dict[st
     return '\n\n'.join([*tables, *([report.legend(shown)] if shown and not args.quiet else [])])
 
 
+def _say(text: str) -> None:
+    print(printable(' '.join(text.split())), file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; gives its exit code (`options` lists them)."""
     args = parse(argv)
@@ -169,25 +165,34 @@ def main(argv: list[str] | None = None) -> int:
     for target in args.targets:
         try:
             result = examine(target, args)
-        except (CheckpointError, ValueError) as error:
+        except Exception as error:  # whatever a stranger's file makes of it, the other targets are shown
             if args.verbose:
-                traceback.print_exc()
-            result = Result(target, error=str(error), code=getattr(error, 'code', 3))
+                print(printable(traceback.format_exc(), '\n'), end='', file=sys.stderr)
+            kind = '' if isinstance(error, (CheckpointError, ValueError)) else f'{type(error).__name__}: '
+            result = Result(target, error=f'{"" if target in str(error) else f"{target}: "}{kind}{error}',
+                            code=error.code if isinstance(error, CheckpointError) else 3)
         results.append(result)
         if result.error:
-            print(f'error: {result.error}', file=sys.stderr)
+            _say(f'error: {result.error}')
         for warning in result.warnings if not args.quiet else ():
-            print(f'note: {warning}', file=sys.stderr)
+            _say(f'note: {warning}')
     code = max(result.code for result in results)
+    if args.key_map and not any(result.mapped or result.error for result in results):
+        _say(f'error: --key-map {args.key_map} matches no block of any target')
+        code = max(code, 4)
     if args.list:
         return code
     checks = run_checks(args.check, results)
     for check in checks:
         for failure in check['failures']:
-            print(f'check failed: {check["expression"]}: {failure["target"]}, {failure["stage"]} {failure["block"]} '
-                  f'has {failure["value"]}', file=sys.stderr)
+            _say(f'check failed: {check["expression"]}: {failure["target"]}, {failure["stage"]} {failure["block"]} '
+                 f'has {failure["value"]}')
     code = max(code, *(0 if check['ok'] else 1 for check in checks)) if checks else code
-    return max(code, show(args, results, render(args, results, checks)))
+    shown = show(args, render(args, results, checks))
+    if any(result.stages for result in results):
+        command = f'python -m timm_nonlocal.inspect {shlex.join(sys.argv[1:] if argv is None else argv)}'
+        shown = max(shown, draw(args, results, checks, command))
+    return max(code, shown)
 
 
 def _in_a_folder(name: str) -> Path:
@@ -197,9 +202,8 @@ def _in_a_folder(name: str) -> Path:
     return path
 
 
-def show(args: argparse.Namespace, results: list[Result], text: str) -> int:
-    """Prints or writes the text, and draws. Returns 0, or 2 where the arguments do not allow it."""
-    code = 0
+def show(args: argparse.Namespace, text: str) -> int:
+    """Prints or writes the text. Returns 0, or 2 where it cannot be written."""
     try:
         if args.output:
             files.write_text(_in_a_folder(args.output), text + '\n')
@@ -208,18 +212,27 @@ def show(args: argparse.Namespace, results: list[Result], text: str) -> int:
     except BrokenPipeError:  # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f'error: --output {args.output}: {error.strerror}', file=sys.stderr)
-        code = 2
-    if args.plot and any(result.stages for result in results):
-        from . import plots
+        _say(f'error: --output {args.output}: {error.strerror}')
+        return 2
+    return 0
+
+
+def draw(args: argparse.Namespace, results: list[Result], checks: list[dict[str, Any]], command: str) -> int:
+    """Writes the picture and the page that are asked for. Returns 0, or 2 where one cannot be written."""
+    from . import page, plots
+
+    code = 0
+    for flag, name, write in (
+            ('--plot', args.plot, lambda path: plots.plot(
+                path, results, overlay=args.layout == 'overlay', share_y=args.share_y, dpi=args.dpi)),
+            ('--html', args.html, lambda path: page.write(path, results, checks, command))):
         try:
-            plots.plot(_in_a_folder(args.plot), results, overlay=args.layout == 'overlay', share_y=args.share_y,
-                       dpi=args.dpi)
+            if name:
+                write(_in_a_folder(name))
         except ModuleNotFoundError:
-            print("error: --plot needs matplotlib: pip install 'timm_nonlocal[plot]'", file=sys.stderr)
+            _say(f"error: {flag} needs matplotlib: pip install 'timm_nonlocal[plot]'")
             code = 2
         except (OSError, ValueError) as error:
-            print(f'error: --plot {args.plot}: {error}', file=sys.stderr)
+            _say(f'error: {flag} {name}: {error}')
             code = 2
     return code
-

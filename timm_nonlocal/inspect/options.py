@@ -1,6 +1,6 @@
 """What every nonlocal block of a network has learned, from its weights, and on request on images.
 
-    python -m timm_nonlocal.inspect TARGET… [--stability] [--data-dir DIR] [--json] [--plot FILE] [--check EXPR]
+    python -m timm_nonlocal.inspect TARGET… [--stability] [--data-dir DIR] [--json] [--plot FILE] [--html FILE]
 
 Exit codes, the highest of all targets: 0 done; 1 a --check failed, or weights or features are not finite; 2 the
 arguments are off; 3 a target cannot be found or read; 4 it has no nonlocal block; 5 an unsafe pickle is refused; 6 the
@@ -20,7 +20,7 @@ __all__ = ['parse']
 EXAMPLES = """examples:
   python -m timm_nonlocal.inspect runs/preresnet20_nl_proposed_k5.cifar10.seed0 --plot spectrum.svg
   python -m timm_nonlocal.inspect user/repo@v1 model.safetensors checkpoint.pth --json
-  python -m timm_nonlocal.inspect DIR --stability --data-dir data
+  python -m timm_nonlocal.inspect DIR preresnet20_nl_original_k3 --data-dir data --html page.html
   python -m timm_nonlocal.inspect DIR --check 'neg_top<=4' --check 'alignment>0.2' -q"""
 
 
@@ -77,6 +77,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shown.add_argument('--check', action='append', default=[], metavar='EXPR',
                        help="such as 'neg_top<=4': exit with 1 unless it holds of every block")
     shown.add_argument('--plot', metavar='FILE', help='also draw: .png, .svg or .pdf')
+    shown.add_argument('--html', metavar='FILE', help='also write one page that needs no network: table, spectra, '
+                       'kappa, and with images what chosen positions attend to')
     shown.add_argument('--layout', choices=['grid', 'overlay'], default='grid', help='a panel a block, or a target')
     shown.add_argument('--share-y', action=argparse.BooleanOptionalAction, default=True)
     shown.add_argument('--dpi', type=int, default=150)
@@ -93,8 +95,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f'--bn-eps {args.bn_eps}: it is added to a variance, 0 or above')
     if args.plot is not None and Path(args.plot).suffix not in ('.png', '.svg', '.pdf'):
         parser.error(f'--plot {args.plot}: name a file that ends in .png, .svg or .pdf')
+    if args.html is not None and Path(args.html).suffix not in ('.html', '.htm'):
+        parser.error(f'--html {args.html}: name a file that ends in .html')
     if args.mu_max is not None and not 0 < args.mu_max <= 2:
         parser.error(f'--mu-max {args.mu_max}: the eigenvalues of I - A lie between 0 and 2')
+    if args.list and (unread := [flag for flag, given in (
+            ('--check', args.check), ('--plot', args.plot), ('--html', args.html), ('--format', args.format != 'table'),
+            ('--output', args.output), ('--stability', args.stability), ('--mu-max', args.mu_max),
+            ('--data-dir', args.data_dir), ('--images', args.images)) if given]):
+        parser.error(f'--list names the blocks and reads no weights: leave {" and ".join(unread)} out')
     args.stability |= bool(args.mu_max or args.data_dir or args.images)
     if not args.stability and any(name in OF_STABILITY for name in checked):
         parser.error('a --check of the stability needs --stability')

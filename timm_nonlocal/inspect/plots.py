@@ -1,16 +1,21 @@
 """Spectra as pictures in the manner of the paper's Figures 1 to 4: a row a target, a panel a block."""
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import files
+from ..analysis.dynamics import cfl
 from ..analysis.spectra import Spectrum
-from .report import Result, Stage
+from .report import Result, Stage, printable
 
-__all__ = ['plot']
+__all__ = ['bars', 'drawing', 'energies', 'plane', 'plot']
 
-NEGATIVE, POSITIVE = '#2166ac', '#b2182b'
+NEGATIVE, POSITIVE, INSIDE, OUTSIDE, FRAME = '#2166ac', '#b2182b', '#4d4d4d', '#d95f02', '#808080'
 
 
 def plot(path: Path, results: list[Result], overlay: bool = False, share_y: bool = True, dpi: int = 150) -> None:
@@ -57,12 +62,12 @@ def _label(result: Result) -> str:
     source = result.source
     repo = source and source.repo
     name = f'{repo.id}@{(repo.commit or "main")[:8]}' if repo else Path(result.input).name or result.input
-    return f'{name} (untrained)' if source and not source.trained else name
+    return printable(f'{name} (untrained)' if source and not source.trained else name)
 
 
 def _name(stage: Stage, block: Spectrum) -> str:
     folded = ', BN folded' if block.folded else ''
-    return f"{stage.name or '(root)'} {block.index}\nC = {block.C}, C' = {block.C_inner}{folded}"
+    return f"{printable(stage.name) or '(root)'} {block.index}\nC = {block.C}, C' = {block.C_inner}{folded}"
 
 
 def _inset(block: Spectrum) -> str:
@@ -73,14 +78,19 @@ def _inset(block: Spectrum) -> str:
     return f'{block.neg_top}− / {block.pos_top}+\n{expected}{align}'
 
 
+def bars(panel: Any, block: Spectrum, limit: float) -> None:
+    """The top eigenvalues in a matplotlib Axes, from -limit to limit."""
+    panel.bar(range(1, len(block.top) + 1), block.top,
+              color=[NEGATIVE if value < 0 else POSITIVE for value in block.top])
+    panel.axhline(0, color='black', linewidth=0.5)
+    panel.set_ylim(-limit, limit)
+
+
 def _bars(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], limit: float) -> None:
     for panel in line[len(blocks):]:
         panel.set_axis_off()
     for panel, (stage, block) in zip(line, blocks, strict=False):
-        panel.bar(range(1, len(block.top) + 1), block.top,
-                  color=[NEGATIVE if value < 0 else POSITIVE for value in block.top])
-        panel.axhline(0, color='black', linewidth=0.5)
-        panel.set_ylim(-1.45 * limit, 1.45 * limit)
+        bars(panel, block, 1.45 * limit)
         panel.set_title(_name(stage, block), fontsize='small')
         panel.text(0.97, 0.96, _inset(block), transform=panel.transAxes, ha='right', va='top', fontsize='small')
 
@@ -89,15 +99,78 @@ def _overlaid(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], limit: 
     panel = line[0]
     for stage, block in blocks:
         panel.plot(range(1, len(block.top) + 1), block.top, '.-', linewidth=0.5,
-                   label=f'{stage.name or "(root)"} {block.index}: {_inset(block)}'.replace('\n', ', '))
+                   label=f'{printable(stage.name) or "(root)"} {block.index}: {_inset(block)}'.replace('\n', ', '))
     panel.axhline(0, color='black', linewidth=0.5)
     panel.set_ylim(-1.1 * limit, 1.1 * limit)
     panel.legend(fontsize='x-small', loc='lower center', bbox_to_anchor=(0.5, 1))  # above, where nothing is hidden
 
 
-def _planes(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], overlay: bool) -> None:
+def plane(panel: Any, stage: Stage, block: Spectrum, disc: bool = True) -> None:
+    """W's eigenvalues in the complex plane in a matplotlib Axes, those that break the CFL condition as crosses."""
+    from matplotlib.colors import to_rgb
     from matplotlib.patches import Circle
 
+    mu, values = (stage.stability or {})['mu_max'], (block.stability or {})['eigenvalues']
+    outside = [cfl(torch.tensor([complex(*value)], dtype=torch.complex128), mu, stage.formulation)[0]
+               for value in values]
+    for marker, color, breaks in (('.', INSIDE, 0), ('x', OUTSIDE, 1)):
+        chosen = [value for value, broken in zip(values, outside, strict=True) if broken == breaks]
+        panel.plot([value[0] for value in chosen], [value[1] for value in chosen], marker, color=color, markersize=4)
+    if disc:
+        centre, radius = (1 / mu, 1 / mu) if stage.formulation == 'proposed' else (-1, 1)
+        panel.add_patch(Circle((centre, 0), radius, facecolor=(*to_rgb(FRAME), 0.12), edgecolor=FRAME, linewidth=0.8))
+        panel.axhline(0, color='black', linewidth=0.3)
+        panel.axvline(0, color='black', linewidth=0.3)
+        panel.set_aspect('equal', adjustable='datalim')
+
+
+def energies(panel: Any, found: dict[str, Any]) -> None:
+    """What is left of the features' energies after every block in a matplotlib Axes."""
+    for name, style in (('dirichlet', 'o-'), ('variance', 's--'), ('power', '^:')):
+        panel.plot(range(len(found[name])), found[name], style, color={
+            'dirichlet': NEGATIVE, 'variance': OUTSIDE, 'power': INSIDE}[name], markersize=3, linewidth=1.2, label=name)
+    values = [value for name in ('dirichlet', 'variance', 'power') for value in found[name] if value]
+    if values and max(values) > 20 * min(values):
+        panel.set_yscale('log')
+        panel.yaxis.set_major_formatter('{x:g}')
+    panel.set_xticks(range(len(found['power'])))
+    panel.legend(frameon=False, fontsize='small')
+
+
+def drawing(draw: Callable[[Any], None], width: float, height: float, name: str) -> str:
+    """One panel as SVG for a page that holds it, whose variables, font and dark or light scheme it takes.
+
+    Args:
+        draw: draws into a matplotlib Axes.
+        width, height: in inches.
+        name: a word in front of the ids, which are unique in a page.
+
+    Returns:
+        `<svg>…</svg>` with --negative, --positive, --inside, --outside and --frame for colours.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    with matplotlib.rc_context({
+            'svg.hashsalt': 'timm_nonlocal', 'svg.fonttype': 'none', 'font.size': 8, 'axes.edgecolor': FRAME,
+            'axes.spines.top': False, 'axes.spines.right': False, 'xtick.major.size': 2, 'ytick.major.size': 2,
+            'xtick.major.width': 0.5, 'ytick.major.width': 0.5, 'xtick.color': FRAME, 'ytick.color': FRAME,
+            'xtick.labelcolor': 'black', 'ytick.labelcolor': 'black', 'axes.linewidth': 0.5}):
+        figure = Figure(figsize=(width, height))
+        draw(figure.add_axes((0.46 / width, 0.2 / height, 1 - 0.5 / width, 1 - 0.3 / height)))
+        figure.savefig(text, format='svg', transparent=True, metadata={'Date': None})
+    svg = text.getvalue()[text.getvalue().index('<svg'):]
+    svg = re.sub(r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>', '', svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{name}-', svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r'font-size: \1', svg)
+    for color, variable in (('#000000', 'currentColor'), (NEGATIVE, 'var(--negative)'), (POSITIVE, 'var(--positive)'),
+                            (INSIDE, 'var(--inside)'), (OUTSIDE, 'var(--outside)'), (FRAME, 'var(--frame)')):
+        svg = svg.replace(color, variable)
+    return svg
+
+
+def _planes(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], overlay: bool) -> None:
     for panel in line[1 if overlay else len(blocks):]:
         panel.set_axis_off()
     for number, (stage, block) in enumerate(blocks):
@@ -105,15 +178,8 @@ def _planes(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], overlay: 
         if not block.stability or not stage.stability:
             panel.set_axis_off()
             continue
-        values = block.stability['eigenvalues']
-        panel.plot([value[0] for value in values], [value[1] for value in values], '.', markersize=4)
-        if not overlay or number == 0:
-            mu = stage.stability['mu_max']
-            centre, radius = (1 / mu, 1 / mu) if stage.formulation == 'proposed' else (-1, 1)
-            panel.add_patch(Circle((centre, 0), radius, fill=False, color='gray', linewidth=0.8))
-            panel.axhline(0, color='black', linewidth=0.3)
-            panel.axvline(0, color='black', linewidth=0.3)
-            panel.set_aspect('equal', adjustable='datalim')
+        plane(panel, stage, block, disc=not overlay or number == 0)
         if not overlay:
-            panel.set_title(f'{block.stability["outside"]} of {len(values)} outside the CFL disc, '
-                            f'κ = {block.stability["kappa"]:.2f}', fontsize='small')
+            found = block.stability
+            panel.set_title(f'{found["outside"]} of {len(found["eigenvalues"])} outside the CFL disc, '
+                            f'κ = {found["kappa"]:.2f}', fontsize='small')

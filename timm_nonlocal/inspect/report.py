@@ -8,13 +8,17 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from torch import Tensor
 
 from ..analysis.spectra import Spectrum
 from ..checkpoints.targets import Source
 
-__all__ = ['Result', 'Stage', 'legend', 'markdown', 'table', 'to_csv', 'to_json']
+__all__ = ['PICTURES', 'PLACES', 'Result', 'Seen', 'Stage', 'legend', 'markdown', 'number', 'printable', 'table',
+           'to_csv', 'to_json']
 
 SCHEMA = 'timm_nonlocal.inspect/1'
+PLACES = [(0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)]  # down and right in a picture
+PICTURES = 3  # that a page shows
 BLUE, RED, PLAIN = '\033[34m', '\033[31m', '\033[0m'
 
 COLUMNS = [  # heading, width, field, format
@@ -41,6 +45,17 @@ kappa    the most that a step with a frozen A can amplify Z; 1 is stable. For A 
 outside  eigenvalues of W that break the CFL condition; radius: the asymptotic growth a step"""
 
 
+def printable(text: str, kept: str = '') -> str:
+    """Text whose characters that steer a terminal, or hide, are written out: names come from files of strangers.
+
+    Example:
+        >>> printable('a\\x1b[31m\\n')
+        'a\\\\x1b[31m\\\\n'
+    """
+    return ''.join(letter if letter.isprintable() or letter in kept else letter.encode('unicode_escape').decode()
+                   for letter in text)
+
+
 @dataclass
 class Stage:
     """The blocks of one nonlocal module, and what was asked of it as a whole."""
@@ -50,6 +65,14 @@ class Stage:
     blocks: list[Spectrum]
     stability: dict[str, Any] | None = None
     images: dict[str, Any] | None = None
+
+
+@dataclass
+class Seen:
+    """Pictures, (N, H, W, 3) uint8, and by stage the rows of every A at `PLACES`, (N, P, h, w) on the stage's grid."""
+
+    pixels: Tensor
+    rows: dict[str, list[Tensor]]
 
 
 @dataclass
@@ -63,11 +86,13 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     code: int = 0
+    mapped: bool = False
+    seen: Seen | None = None
 
     @property
     def label(self) -> str:
         """What was read, or what was asked for where nothing could be."""
-        return self.source.label if self.source else self.input
+        return printable(self.source.label if self.source else self.input)
 
     def to_dict(self) -> dict[str, Any]:
         source, repo = self.source, self.source and self.source.repo
@@ -89,11 +114,12 @@ class Result:
 
 def to_json(results: list[Result], checks: list[dict[str, Any]], version: str) -> str:
     """Everything, as docs/inspect-schema.md describes it; the same bytes for the same input."""
-    return json.dumps({
+    text = json.dumps({
         'schema': SCHEMA,
         'tool': {'version': version, 'torch': torch.__version__, 'huggingface_hub': huggingface_hub.__version__},
         'targets': [result.to_dict() for result in results], 'checks': checks,
     }, indent=2, allow_nan=False, ensure_ascii=False)
+    return ''.join(letter if letter.isprintable() or letter == '\n' else json.dumps(letter)[1:-1] for letter in text)
 
 
 def to_csv(results: list[Result]) -> str:
@@ -108,7 +134,8 @@ def to_csv(results: list[Result]) -> str:
                            'eigenvalues': ' '.join(map(repr, record['eigenvalues'])),
                            'flags': ' '.join(record['flags']), 'keys': ' '.join(filter(None, block.keys.values())),
                            **{name: extra.get(name) for name in ('kappa', 'constant_gain', 'radius', 'outside')}}
-                rows.append({'target': result.input, **record})
+                rows.append({key: printable(value) if isinstance(value, str) else value
+                             for key, value in {'target': result.input, **record}.items()})
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator='\n')
@@ -117,7 +144,8 @@ def to_csv(results: list[Result]) -> str:
     return text.getvalue().rstrip('\n')
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """As every text shows it; - where it is undefined."""
     if value is None:
         return '-'
     if form == '.4f' and value and not 1e-3 <= abs(value) < 1e4:
@@ -138,7 +166,7 @@ def _heading(stage: Stage) -> tuple[str, str]:
 def _title(stage: Stage) -> str:
     first = stage.blocks[0]
     folded = ', gain and BN folded' if first.folded and first.naming.startswith('biggan') else ', BN folded'
-    return (f"{stage.name or '(root)'}: {stage.formulation}, C = {first.C}, C' = {first.C_inner}"
+    return (f"{printable(stage.name) or '(root)'}: {stage.formulation}, C = {first.C}, C' = {first.C_inner}"
             f'{folded if first.folded else ""}'
             f'{", stable by construction" if all("stable" in block.flags for block in stage.blocks) else ""}')
 
@@ -158,7 +186,7 @@ def table(result: Result, color: bool = False) -> str:
                 away = (block.neg_top - block.neg_top_null) / block.neg_top_null_sd
                 counts = f'{BLUE if away > 0 else RED}{counts}{PLAIN}' if abs(away) > 3 else counts
             lines.append(f'{block.index:>5}  {counts}' + ''.join(
-                f' {_number(getattr(block, name), form):>{width}}' for _, width, name, form in COLUMNS)
+                f' {number(getattr(block, name), form):>{width}}' for _, width, name, form in COLUMNS)
                 + (f'  {", ".join(block.flags)}' if block.flags else ''))
         lines += _stability(stage, stage.stability) if stage.stability else []
         lines += _inside(stage.images) if stage.images else []
@@ -183,9 +211,9 @@ def _stability(stage: Stage, whole: dict[str, Any]) -> list[str]:
         found = block.stability
         if found:
             outside = f'{found["outside"]}/{len(found["eigenvalues"])}'
-            kappa, radius, gain = (_number(found[name], '.4f') for name in ('kappa', 'radius', 'constant_gain'))
+            kappa, radius, gain = (number(found[name], '.4f') for name in ('kappa', 'radius', 'constant_gain'))
             lines.append(f'{block.index:>5}  {kappa:>10} {radius:>9} {outside:>9} {gain:>9}')
-    return [*lines, f'  all in a row: kappa = {_number(whole["kappa"], ".4f")} at mu = {whole["at_mu"]:.3f}']
+    return [*lines, f'  all in a row: kappa = {number(whole["kappa"], ".4f")} at mu = {whole["at_mu"]:.3f}']
 
 
 def _inside(found: dict[str, Any]) -> list[str]:
@@ -201,10 +229,10 @@ def _inside(found: dict[str, Any]) -> list[str]:
     lines.append(f'{"after":>5}  {"dirichlet":>10} {"variance":>9} {"power":>9} {"kappa":>9}')
     for n, values in enumerate(zip(found['dirichlet'], found['variance'], found['power'], strict=True)):
         kappa = found['kappa'][n - 1] if n and found['kappa'] else None
-        lines.append(f'{n:>5}  {_number(values[0], ".4g"):>10} {_number(values[1], ".4g"):>9} '
-                     f'{_number(values[2], ".4g"):>9} {_number(kappa, ".4f"):>9}')
+        lines.append(f'{n:>5}  {number(values[0], ".4g"):>10} {number(values[1], ".4g"):>9} '
+                     f'{number(values[2], ".4g"):>9} {number(kappa, ".4f"):>9}')
     if found['kappa_stage'] is not None:
-        lines.append(f'  all in a row: kappa = {_number(found["kappa_stage"], ".4f")} for the A measured')
+        lines.append(f'  all in a row: kappa = {number(found["kappa_stage"], ".4f")} for the A measured')
     elif found['markov']:
         lines.append('  no kappa: at some position the stationary distribution of A is next to 0')
     return lines
@@ -215,8 +243,8 @@ def _predictions(images: dict[str, Any]) -> list[str]:
              f'{"A":>10} {"accuracy %":>11} {"unchanged %":>12}']
     for name in ('learned', 'uniform', 'identity'):
         accuracy = images['accuracy'] and images['accuracy'][name]
-        lines.append(f'{name:>10} {_number(accuracy, ".2f"):>11} '
-                     f'{_number(images["agreement"].get(name, 100.0), ".2f"):>12}')
+        lines.append(f'{name:>10} {number(accuracy, ".2f"):>11} '
+                     f'{number(images["agreement"].get(name, 100.0), ".2f"):>12}')
     return lines
 
 
@@ -233,9 +261,9 @@ def markdown(results: list[Result]) -> str:
                       '| ---: ' * (len(COLUMNS) + 3) + '|']
             for block in stage.blocks:
                 counts = '-' if block.neg_top is None else f'{block.neg_top}/{block.pos_top}'
-                cells = [str(block.index), counts, *(_number(getattr(block, name), form)
+                cells = [str(block.index), counts, *(number(getattr(block, name), form)
                                                      for _, _, name, form in COLUMNS),
-                         _number((block.stability or {}).get('kappa'), '.4f')]
+                         number((block.stability or {}).get('kappa'), '.4f')]
                 lines.append('| ' + ' | '.join(cells) + ' |')
             lines.append('')
     return '\n'.join(lines).rstrip()
