@@ -7,6 +7,7 @@ happens inside is worked out again from `relate` and the weights, in float64, by
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -121,8 +122,11 @@ def _inside(module: NonlocalModule, x: Tensor, spectral: bool) -> dict[str, Any]
     is_markov = a.min() >= 0 and bool(((sums - 1).abs() < 1e-6).all())
     pi = dynamics.stationary(a / sums[:, None]) if is_markov else a.new_full((len(a),), 1 / len(a))
     track = [dynamics.energies(a, pi, step[0]) for step in z]
-    record: dict[str, Any] = {'is_markov': is_markov, 'track': {
-        name: [step[name] for step in track] for name in ('dirichlet', 'variance', 'power')}}
+    record: dict[str, Any] = {
+        'is_markov': is_markov,
+        'track': {name: [step[name] for step in track] for name in ('dirichlet', 'variance', 'power')},
+        'growth': max((after['power'] / before['power'] for before, after in pairwise(track) if before['power']),
+                      default=0.0) ** 0.5}
     if spectral and is_markov:
         chain, ws, kind = dynamics.markov_chain(a), block_weights(module), formulation(module)
         record['markov'] = {'row_sum_error': (sums - 1).abs().max().item(), **dynamics.markov(chain)}
@@ -153,6 +157,7 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         'kappa': [max(values) for values in zip(*(record['kappa'] for record in weighted), strict=True)],
         'kappa_stage': max(record['kappa_stage'] for record in weighted) if weighted else None,
         **{name: [value / values[0] if values[0] else None for value in values] for name, values in tracks.items()},
+        'growth': max(record['growth'] for record in records),
     }
 
 
@@ -173,9 +178,10 @@ def watch(model: nn.Module, images: Tensor, labels: Tensor | None = None,
         agreement: percent of the images whose prediction stays the same with A uniform and identity.
         modules: by name, `is_markov` (A ≥ 0 with rows that sum to one), `markov` (`dynamics.markov`, the mean over the
             spectral images), `mu_max`, `kappa` of every block and `kappa_stage` (the largest over them, exact for
-            the first block's A; [] and None where π leaves out positions, `dynamics.NEGLIGIBLE`), and `dirichlet`,
-            `variance` and `power` after 0…k blocks over those of the input, in the first block's A. Of an A that is
-            no Markov matrix only the last three, with uniform weights.
+            the first block's A; [] and None where π leaves out positions, `dynamics.NEGLIGIBLE`), `dirichlet`,
+            `variance` and `power` after 0…k blocks over those of the input, in the first block's A, the mean over the
+            images, and `growth`, the largest ‖Zⁿ⁺¹‖_π/‖Zⁿ‖_π of any block on any image, with ‖Z‖²_π the power. Of an A
+            that is no Markov matrix only the last four, with uniform weights.
 
     Example:
         >>> model = nn.Sequential(NonlocalStage(4, k=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()

@@ -17,6 +17,7 @@ __all__ = ['PICTURES', 'PLACES', 'Result', 'Seen', 'Stage', 'legend', 'markdown'
            'to_csv', 'to_json']
 
 SCHEMA = 'timm_nonlocal.inspect/1'
+ROUNDING = 1e-9  # of norms in float64
 PLACES = [(0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)]  # down and right in a picture
 PICTURES = 3  # that a page shows
 BLUE, RED, PLAIN = '\033[34m', '\033[31m', '\033[0m'
@@ -168,7 +169,11 @@ def _title(stage: Stage) -> str:
     folded = ', gain and BN folded' if first.folded and first.naming.startswith('biggan') else ', BN folded'
     return (f"{printable(stage.name) or '(root)'}: {stage.formulation}, C = {first.C}, C' = {first.C_inner}"
             f'{folded if first.folded else ""}'
-            f'{", stable by construction" if all("stable" in block.flags for block in stage.blocks) else ""}')
+            f'{", stable by construction" if _stable(stage) else ""}')
+
+
+def _stable(stage: Stage) -> bool:
+    return all('stable' in block.flags for block in stage.blocks)
 
 
 def table(result: Result, color: bool = False) -> str:
@@ -190,6 +195,8 @@ def table(result: Result, color: bool = False) -> str:
                 + (f'  {", ".join(block.flags)}' if block.flags else ''))
         lines += _stability(stage, stage.stability) if stage.stability else []
         lines += _inside(stage.images) if stage.images else []
+        if stage.images and result.images and _stable(stage):
+            lines += _rise(stage.images, result.images['images'])
     lines += _predictions(result.images) if result.images else []
     return '\n'.join(lines)
 
@@ -236,6 +243,14 @@ def _inside(found: dict[str, Any]) -> list[str]:
     elif found['markov']:
         lines.append('  no kappa: at some position the stationary distribution of A is next to 0')
     return lines
+
+
+def _rise(found: dict[str, Any], count: int) -> list[str]:
+    """Whether what a stable stage is built for was seen to hold, with an A for which it is."""
+    rise = found['growth'] - 1
+    return [] if not found['is_markov'] else [
+        f'  ‖Zⁿ‖_π never rose on {count} images' if rise <= ROUNDING else
+        f'  ‖Zⁿ‖_π rose on {count} images, in one block by up to {number(100 * rise, ".4f")} %']
 
 
 def _predictions(images: dict[str, Any]) -> list[str]:
