@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hub import cards, claims
-from hub.results import PublishError, diverged, load, to_ship
+from hub.results import PublishError, diverged, to_ship
 from timm_nonlocal.files import sha256
 from train.options import Parser
 from train.records import run_dir
@@ -42,7 +42,6 @@ def finished(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
 
     Raises:
         RunError: there is none in one of them, or one cannot land.
-        PublishError: a line lacks what a card needs.
     """
     found = []
     for folder in folders:
@@ -50,7 +49,6 @@ def finished(folders: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
         if not runs:
             raise RunError(f'{folder} holds no finished run, which has a {run_dir.RESULTS}')
         for run in runs:
-            load(run / run_dir.RESULTS)  # which says what a line lacks
             for record in read_results(run / run_dir.RESULTS):
                 check(run, record)
                 found.append((run, record))

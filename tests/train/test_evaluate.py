@@ -179,7 +179,7 @@ def test_bad_data_and_results(trained: Path, tmp_path: Path, capsys: pytest.Capt
     assert 'is missing: add --download' in capsys.readouterr().err
     (tmp_path / 'results.jsonl').write_text('nonsense\n')
     assert main([str(trained), '--data-dir', str(tmp_path), '--results', str(tmp_path / 'results.jsonl')]) == 2
-    assert 'results.jsonl line 1 is not about a run' in capsys.readouterr().err
+    assert 'results.jsonl, line 1 is not a JSON object' in capsys.readouterr().err
 
 
 @pytest.mark.cifar

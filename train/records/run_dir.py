@@ -30,6 +30,7 @@ from safetensors.torch import save as to_bytes
 from timm.models import save_for_hf
 from torch import Tensor
 
+from hub.results import PublishError, load
 from train.records import state
 from train.records.runs import Run, parse_kwargs
 from train.records.state import RunError, write, writing
@@ -78,13 +79,13 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: a line is not about a run.
     """
-    records = []
-    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
-        try:
-            records.append(json.loads(line))
-            Run.from_dict(records[-1])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f'{path} line {number} is not about a run ({type(error).__name__}: {error})') from error
+    try:
+        records = load(path)
+        for record in records:
+            Run.from_dict(record)
+    except (PublishError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f'{error}' if isinstance(error, PublishError) else
+                       f'{path} has a line that is not about a run ({type(error).__name__}: {error})') from error
     return records
 
 
