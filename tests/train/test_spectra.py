@@ -25,7 +25,8 @@ def test_spectra_of_chosen_epochs_also_of_a_run_that_was_cut(small_cifar_here: P
     first, last = lines(tmp_path / 'run')
     expected = spectrum(load_file(tmp_path / 'run' / 'model.safetensors'))
     assert (first['epoch'], last['epoch']) == (1, 3) and first['blocks'] != last['blocks']
-    assert last['blocks'] == [json.loads(json.dumps(record.to_dict())) for record in expected]
+    told = {'formulation': 'proposed', 'symmetric': True}  # by the module; of a control the file does not say it
+    assert last['blocks'] == [json.loads(json.dumps(record.to_dict() | told)) for record in expected]
     kept = result(tmp_path / 'run')['spectra']
     assert [entry['epoch'] for entry in kept] == [1, 3]
     for block, record in zip(kept[1]['blocks'], expected, strict=True):

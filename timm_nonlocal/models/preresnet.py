@@ -200,9 +200,14 @@ class PreResNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replaces the classifier, and the pooling unless global_pool is None; 0 classes or '' leave one out."""
+        """Replaces the classifier, and the pooling unless global_pool is None; 0 classes or '' leave one out.
+
+        Where there was no pooling and none is asked for, classes come with average pooling.
+        """
         weight = next(self.parameters())
         pool = self.global_pool.pool_type if global_pool is None else global_pool
+        if num_classes and global_pool is None:
+            pool = pool or 'avg'
         self._set_head(num_classes, pool, weight.device, weight.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
