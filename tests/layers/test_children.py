@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_nonlocal import NonlocalBlock, NonlocalBlocks, NonlocalStage
+from timm_nonlocal.layers.affinity import EmbeddedGaussian
 
 C, NAMES = 8, ('theta', 'phi', 'g', 'z')
 MAKE = pytest.mark.parametrize('make', [
@@ -131,6 +132,24 @@ def test_hooks_fire_as_often_as_with_the_literal_formula(make, names, hook):
             handle.remove()
         calls.append([type(child).__name__ for child in fired])
     assert calls[0] == calls[1] and len(calls[0]) >= len(children) > 0
+
+
+class Causal(EmbeddedGaussian):
+    def forward(self, q, k):
+        a = super().forward(q, k).tril()
+        return a / a.sum(dim=2, keepdim=True)
+
+
+@pytest.mark.parametrize('make', [NonlocalStage, NonlocalBlock])
+@pytest.mark.parametrize('name', ['theta', 'phi', 'affinity'])
+def test_one_child_is_replaced(make, name):
+    module, x = make(C, dtype=torch.float64), image()
+    before = module(x)
+    setattr(module, name, Causal(C // 2) if name == 'affinity' else nn.Sequential(getattr(module, name), nn.Tanh()))
+    merged = module(x)
+    module.merged = False
+    torch.testing.assert_close(merged, module(x), rtol=1e-10, atol=1e-10)
+    assert (merged - before).abs().max() > 1e-3
 
 
 def test_torchs_counter_sees_the_operator():

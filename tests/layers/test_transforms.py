@@ -7,6 +7,7 @@ from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from timm_nonlocal import NonlocalBlock, NonlocalStage
+from timm_nonlocal.ops.stage import nonlocal_stage
 
 C = 4
 MAKE = pytest.mark.parametrize('make', [
@@ -105,3 +106,27 @@ def test_compiled_transforms(make, transform):
     torch.compiler.reset()
     module, x = make().double(), torch.randn(1, C, 2, 2, dtype=torch.float64)
     close(torch.compile(transform(module), backend='aot_eager', fullgraph=True)(x), transform(module)(x))
+
+
+@pytest.mark.parametrize('formulation', ['proposed', 'original'])
+def test_the_operators_function(formulation):
+    """Without a module around it; a tangent was zero."""
+    x, t, *weights = (torch.randn(shape, dtype=torch.float64) for shape in [(2, 5, C)] * 2 + [(2, C)] * 4)
+
+    def f(x):
+        theta, phi, *w_g = weights
+        return nonlocal_stage(x, [theta, phi], w_g, [w.mT for w in w_g], 0.5, formulation=formulation)
+
+    j = functional.jacobian(f, x)
+    close(jvp(f, (x,), (t,))[1], torch.tensordot(j, t, 3))
+    close(dual(f, x, t), torch.tensordot(j, t, 3))
+    close(vjp(f, x)[1](t)[0], torch.tensordot(t, j, 3))
+    close(vmap(lambda image: f(image[None])[0])(x), f(x))
+
+
+def test_weights_that_are_made_of_x():
+    """What reaches x through them counts once, also where the gradient is to be differentiated again."""
+    x, w = torch.randn(1, 5, C, dtype=torch.float64, requires_grad=True), torch.randn(2, C, dtype=torch.float64)
+    loss = nonlocal_stage(x, [], [w * x.mean()], [w.mT * x.sum()], 0.3).square().sum()
+    expected, = torch.autograd.grad(loss, x, retain_graph=True)
+    close(torch.autograd.grad(loss, x, create_graph=True)[0].detach(), expected)

@@ -226,6 +226,7 @@ AFFINITIES = {
     'uniform': Uniform,
     'identity': Identity,
 }
+BUILT_IN = tuple(AFFINITIES.values())  # any other class, a subclass too, is asked for its A
 
 
 def affinity_class(name: str) -> type[Affinity]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from ..ops.stage import nonlocal_stage
-from .affinity import affinity_class
+from .affinity import BUILT_IN, affinity_class
 from .maps import INITS, SubBlock, half, linear, positive
 from .plain import global_hooks, hooked, is_plain, only_tensor_code, transforming
 from .stable import make_stable
@@ -71,13 +71,13 @@ class _Nonlocal(nn.Module):
     @property
     def literal(self) -> bool:
         """Whether to follow the paper's equation and call every child: asked for, or one is more than its weight."""
-        if not self.merged or global_hooks() or hooked(self.affinity):
+        if not self.merged or global_hooks() or hooked(self.affinity) or type(self.affinity) not in BUILT_IN:
             return True
         theta, phi = self.theta, self.phi
         if type(theta) is nn.Identity:
             return hooked(theta) or phi is not None or not self._plain_maps()
-        alike = phi is None or (is_plain(phi) and phi.out_features == theta.out_features)
-        return not (alike and is_plain(theta) and self._plain_maps())
+        alike = is_plain(theta) and (phi is None or (is_plain(phi) and phi.out_features == theta.out_features))
+        return not (alike and self._plain_maps())
 
     def _plain_maps(self) -> bool:
         """Whether W_g and W_Z are all that there is to their layers."""

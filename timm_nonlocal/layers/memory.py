@@ -64,8 +64,8 @@ def with_room(q: Tensor) -> Tensor:
 def _ask(q: Tensor) -> None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    images, positions = q.shape[:2]
-    need = 2 * images * positions ** 2 * q.element_size() * _at_once(q)
+    images, positions = q.shape[0] * _at_once(q), q.shape[1]
+    need = 2 * images * positions ** 2 * q.element_size()
     if need > ASKED_FROM and need > (free := available(q.device)):
         raise torch.OutOfMemoryError(
             f'the affinity between {positions} positions takes {need / 2 ** 30:.1f} GiB for a batch of {images}, and '

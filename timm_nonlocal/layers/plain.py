@@ -4,8 +4,9 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 from torch.utils.module_tracker import ModuleTracker
+
+from ..ops import stage
 
 __all__ = ['global_hooks', 'hooked', 'is_plain', 'only_tensor_code', 'transforming']
 
@@ -42,7 +43,7 @@ def transforming() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is going on."""
     if torch.jit.is_scripting():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return stage.transforming()
 
 
 def only_tensor_code(x: Tensor) -> bool:

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, Union
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS, CustomOpDef
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .products import ProductBackend
-from .reference import original_block, proposed_stage
+from .reference import written_out
 
 if TYPE_CHECKING:
     from .triton_backend import TritonBackend
 
-__all__ = ['can_run', 'nonlocal_stage']
+__all__ = ['can_run', 'nonlocal_stage', 'transforming']
 
 RECOMPUTE_BYTES = 48 << 20  # what a chunk of images may take where nothing but x is kept
 BACKENDS = 'triton', 'products'  # the fastest first
@@ -89,8 +90,8 @@ def nonlocal_stage(
             that can run.
 
     Returns:
-        Zᵏ, (B, M, C), in x's dtype. Its gradient with create_graph=True goes through A written out, to be
-        differentiated again.
+        Zᵏ, (B, M, C), in x's dtype. A is written out where its gradient is to be differentiated again
+        (create_graph=True), and where a transform of `torch.func` or forward mode is active.
 
     Raises:
         TypeError: x and the weights differ in dtype outside autocast.
@@ -115,10 +116,18 @@ def nonlocal_stage(
     if formulation not in FORMULATIONS:
         raise ValueError(f'formulation={formulation!r} is unknown: use one of {", ".join(FORMULATIONS)}')
     inner, dim = w_g[0].shape[0], embeddings[0].shape[0] if embeddings else w_in.shape[1]
+    if transforming():
+        with torch.autocast(device, enabled=False):
+            return written_out(x, w_in, w_out, inner, len(embeddings), scale, formulation)
     return _stage(
         x, w_in, w_out, inner=inner, embeddings=len(embeddings), scale=scale, formulation=formulation,
         backend=_choose(backend, w_in.device, w_in.dtype, dim, inner), recompute=recompute,
         needs_grad=torch.is_grad_enabled() and (x.requires_grad or w_in.requires_grad or w_out.requires_grad))[0]
+
+
+def transforming() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is going on."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Call:
@@ -277,21 +286,12 @@ def _differentiate(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None,
 def _differentiable_gradient(dz: Tensor, x: Tensor, w_in: Tensor, w_out: Tensor, inner: int, embeddings: int,
                              scale: float, formulation: str, **others: Any) -> list[Tensor | None]:
     """What `_stage_backward` gives, through the plain formulas, with A written out."""
+    # views, as weights may be made of x: what reaches x through them is not to be counted here
+    own = x.view_as(x), w_in.view_as(w_in), w_out.view_as(w_out)
     with torch.autocast(x.device.type, enabled=False):
-        w, w_z = w_in.to(x.dtype), w_out.to(x.dtype).split(inner, dim=1)
-        dim = (len(w) - w_out.shape[1]) // embeddings if embeddings else 0
-        *maps, w_g = w.split([dim] * embeddings + [w_out.shape[1]])
-        q, k = (x @ maps[0].T, x @ maps[-1].T) if maps else (x, x)
-        a = torch.softmax(scale * q @ k.mT, dim=2)
-        if formulation == 'proposed':
-            *_, z = proposed_stage(x, a, w_g.split(inner), w_z)
-        else:
-            z = x
-            for g, out in zip(w_g.split(inner), w_z, strict=True):
-                z = original_block(z, a, g, out)
-        inputs = x, w_in, w_out
-        found = iter(torch.autograd.grad(z, [t for t in inputs if t.requires_grad], dz, create_graph=True))
-    return [next(found) if t.requires_grad else None for t in inputs]
+        z = written_out(*own, inner, embeddings, scale, formulation)
+        found = iter(torch.autograd.grad(z, [t for t in own if t.requires_grad], dz, create_graph=True))
+    return [next(found) if t.requires_grad else None for t in own]
 
 
 _stage.register_autograd(_differentiate, setup_context=_save)
