@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from timm_nonlocal import NonlocalBlock, NonlocalStage
 from timm_nonlocal.analysis import dynamics, recorder
@@ -108,3 +108,26 @@ def test_an_affinity_that_is_no_markov_matrix():
 def test_without_a_nonlocal_module_nothing_changes():
     found = recorder.watch(timm.create_model('preresnet20').eval(), torch.randn(2, 3, 32, 32))
     assert found['modules'] == {} and found['agreement'] == {'uniform': 100, 'identity': 100}
+
+
+def test_what_a_layer_computes_counts_and_not_the_weight_inside_it() -> None:
+    """As with adapters: the layer that holds the weight is called through another."""
+    class Adapted(nn.Module):
+        def __init__(self, layer: nn.Linear):
+            super().__init__()
+            self.layer, self.weight = layer, layer.weight
+            self.in_features = layer.in_features
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * self.layer(x)
+
+    stage, x = NonlocalStage(4, 2), torch.randn(1, 9, 4)
+    weights = recorder.block_weights(stage)
+    stage.sub_blocks[0].z = Adapted(stage.sub_blocks[0].z)
+    found = recorder.block_weights(stage)
+    torch.testing.assert_close(found[0][0], 3 * weights[0][0])
+    assert all(torch.equal(a, b) for a, b in zip((found[0][1], *found[1]), (weights[0][1], *weights[1]), strict=True))
+    torch.testing.assert_close(recorder.trajectory(stage, x)[1][-1], stage(x.mT.unflatten(2, (3, 3))).flatten(2).mT)
+    stage.sub_blocks[0].z = nn.Identity()
+    with pytest.raises(ValueError, match=r'^z \(Identity\) has no weight'):
+        recorder.block_weights(stage)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.stored import own_weight
 from ..layers.blocks import NonlocalBlock, NonlocalBlocks, NonlocalStage
+from ..layers.plain import is_plain
 from ..ops.reference import original_block, proposed_stage
 from . import dynamics
 
@@ -45,8 +47,20 @@ def _blocks(module: NonlocalModule) -> list[Any]:
 
 
 def block_weights(module: NonlocalModule) -> list[tuple[Tensor, Tensor]]:
-    """W_Z, (C, C'), and W_g, (C', C), of every block, in order."""
-    return [(block.z.weight.detach().flatten(1), block.g.weight.detach().flatten(1)) for block in _blocks(module)]
+    """W_Z, (C, C'), and W_g, (C', C), of every block, in order, as its layers compute with them.
+
+    Raises:
+        ValueError: a layer is no linear map.
+    """
+    return [(_weight(block, 'z'), _weight(block, 'g')) for block in _blocks(module)]
+
+
+def _weight(block: Any, name: str) -> Tensor:
+    layer = block.get_submodule(name)
+    weight = layer.weight.detach() if is_plain(layer) else own_weight(block, name)
+    if weight is None:
+        raise ValueError(f'{name} ({type(layer).__name__}) has no weight that could be told')
+    return weight
 
 
 def affinities(module: NonlocalModule) -> list[Callable[[Tensor], Tensor]]:
