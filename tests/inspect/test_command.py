@@ -149,7 +149,7 @@ def test_stability(inspect, weights):
 
 def test_data_dir(inspect, small_cifar_here, tmp_path):
     model = timm.create_model('preresnet20_nl_proposed_k2', nl_args={'symmetric': True})
-    save_for_hf(model, tmp_path, safe_serialization=True)
+    save_for_hf(model, tmp_path, model_args={'nl_args': {'symmetric': True}}, safe_serialization=True)
     arguments = (tmp_path, '--data-dir', small_cifar_here, '--num-images', 2)
     code, out, err = inspect(*arguments, '-q')
     assert (code, err) == (0, '')
@@ -165,7 +165,7 @@ def test_data_dir(inspect, small_cifar_here, tmp_path):
 
 def test_images_that_do_not_go_through(inspect, small_cifar_here, tmp_path):
     gray = timm.create_model('preresnet20_nl_proposed_k1', in_chans=1)
-    save_for_hf(gray, tmp_path / 'gray', safe_serialization=True)
+    save_for_hf(gray, tmp_path / 'gray', model_args={'in_chans': 1}, safe_serialization=True)
     code, out, err = inspect(tmp_path / 'gray', '--data-dir', small_cifar_here, '--num-images', 2, '-q')
     assert (code, out) == (3, '') and 'the network does not take these images' in err and 'Traceback' not in err
     model = timm.create_model('preresnet20_nl_proposed_k1')

@@ -135,7 +135,7 @@ def test_every_target_is_read_by_itself(inspect, weights, tmp_path, monkeypatch)
 @pytest.mark.parametrize('channels', [1, 4])
 def test_pictures_for_networks_of_other_channels(inspect, tmp_path, channels):
     model = timm.create_model('preresnet20_nl_proposed_k1', in_chans=channels)
-    save_for_hf(model, tmp_path / 'run', safe_serialization=True)
+    save_for_hf(model, tmp_path / 'run', model_args={'in_chans': channels}, safe_serialization=True)
     (tmp_path / 'pictures').mkdir()
     Image.new('RGB', (40, 40), (200, 30, 90)).save(tmp_path / 'pictures' / 'one.png')
     arguments = (tmp_path / 'run', '--images', tmp_path / 'pictures', '-q')

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
-from timm.models import reparameterize_model
 from timm.models.mlp_mixer import MlpMixer
+from timm.utils import reparameterize_model
 from torch import nn
 from torchvision.models import get_model
 
