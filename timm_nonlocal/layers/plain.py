@@ -15,8 +15,9 @@ TENSORS = Tensor, nn.Parameter, FakeTensor  # others, such as DTensor, bring rul
 
 def hooked(module: nn.Module) -> bool:
     """Whether its call does something beside its class's forward: a hook, or a forward of its own, as accelerate's."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks
-                or module._backward_hooks or 'forward' in module.__dict__)
+    count = (len(module._forward_pre_hooks) + len(module._forward_hooks) + len(module._backward_pre_hooks)
+             + len(module._backward_hooks))
+    return count > 0 or 'forward' in module.__dict__
 
 
 def global_hooks() -> bool:
