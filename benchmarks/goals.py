@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ['Goal', 'goals_table']
+__all__ = ['Goal', 'goals_table', 'provenance']
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,9 @@ def goals_table(goals: Sequence[Goal]) -> list[str]:
     lines += [f'| {goal.what} | {goal.bound} | {goal.measured} | {goal.device} |' for goal in goals if goal.measured]
     missing = [f'{goal.what} ({goal.bound})' for goal in goals if not goal.measured]
     return [*lines, *(['', f'Not measured yet: {"; ".join(missing)}.'] if missing else [])]
+
+
+def provenance(record: dict[str, Any]) -> str:
+    """The versions and the commit that figures were measured with, in words."""
+    versions = [f'{name} {version}' for name, version in record['versions'].items() if version]
+    return ', '.join([*versions, f'commit {record["commit"]}'])

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.goals import Goal
+from benchmarks.goals import Goal, provenance
 
 __all__ = ['goals', 'report']
 
@@ -19,8 +19,7 @@ def report(kept: dict[str, Any]) -> str:
              'Seconds of `python -m timm_nonlocal.inspect … --json` beyond its imports, expectation of random weights '
              'included, on one thread, the fastest of several fresh processes.']
     for device, record in kept.items():
-        versions = ', '.join(f'{name} {version}' for name, version in record['versions'].items() if version)
-        lines += ['', f'### {device}', '', f'{versions}, commit {record["commit"]}.', '',
+        lines += ['', f'### {device}', '', f'{provenance(record)}.', '',
                   '| what | seconds |', '| --- | --- |']
         lines += [f'| {row["what"]} | {row["seconds"]:.3f} |' for row in record['rows']]
     return '\n'.join(lines)

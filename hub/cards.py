@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from timm_nonlocal import paper
+from timm_nonlocal.datasets import TEST_IMAGES
 from timm_nonlocal.files import write_text
 from timm_nonlocal.recipes import RECIPES
 
@@ -40,7 +41,6 @@ MODEL_CARD = HUB.parent / 'MODEL_CARD.md'
 CARDS = HUB / 'models'
 MODULE = 'hub.cards'
 DEPTH = ('depth=29',)  # of 9n + 2 layers: the n of a PreResNet-20 whose units have two layers, 6n + 2
-TEST_IMAGES = 10_000  # of CIFAR
 BASELINE = paper.TABLES[0].rows[0]
 STABLE = 'preresnet20_nl_proposed_k5'  # with these arguments: what a guarantee costs, and what depth under it gives
 STABLE_ROWS = {'as registered': (), 'symmetric': ("nl_args={'symmetric': True}",),
@@ -121,12 +121,12 @@ def stable_text(records: list[Record]) -> str:
     """Stages that are stable by construction beside those that are not, with what so few runs can say."""
     dataset = paper.TABLES[0].dataset
     found = {label: counted(records, STABLE, dataset, 'ft', model_kwargs=given) for label, given in STABLE_ROWS.items()}
-    lines = [f'| {label} | {f"{ours.median:.2f}" if (ours := summary(runs.finished)) else "none"} | {runs.n} |'
+    errors = {label: ours.median for label, runs in found.items() if (ours := summary(runs.finished))}
+    lines = [f'| {label} | {f"{errors[label]:.2f}" if label in errors else "none"} | {runs.n} |'
              for label, runs in found.items() if runs.all]
     waiting = len(STABLE_ROWS) - len(lines)
     text = [f'| {STABLE}, recipe ft | our error, % | n |', '| --- | --- | --- |', *lines] if lines else []
     text += ['', f'{waiting} of {len(STABLE_ROWS)} rows wait for runs.'] if waiting else []
-    errors = {label: ours.median for label, runs in found.items() if (ours := summary(runs.finished))}
     for less, more, question in (('symmetric', 'symmetric, stable', 'What the guarantee costs'),
                                  ('symmetric, stable', 'symmetric, stable, k = 12', 'What the depth costs')):
         if less in errors and more in errors:

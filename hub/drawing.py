@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from timm_nonlocal import files, paper
 
-from .overview import Expected, Spectra
 from .results import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['Drawn', 'curve', 'figure', 'overview']
+    from .overview import Expected, Spectra
+
+__all__ = ['Drawn', 'curve', 'digest', 'figure', 'overview']
 
 MARKERS = 'osD^v<'
 
@@ -30,6 +33,11 @@ class Drawn(NamedTuple):
     series: dict[str, tuple[float, ...]]
     missing: list[str]
     verdict: str
+
+
+def digest(shown: list[Any]) -> str:
+    """A name of what is shown, kept inside a picture so that a stale one is noticed."""
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
 def figure(path: Path, panels: list[Drawn], description: str) -> None:

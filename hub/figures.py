@@ -8,8 +8,6 @@ codes: 0 all drawn; 1 panels are missing; 2 the results cannot be used.
 """
 
 import argparse
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Iterable
@@ -165,8 +163,8 @@ def collect(records: list[Record], files: list[Shipped]) -> dict[int, list[Drawn
 
 
 def digest(panels: list[Drawn]) -> str:
-    """A name of what a figure shows, kept inside its picture so that a stale one is noticed."""
-    return hashlib.sha256(json.dumps([panel.series for panel in panels]).encode()).hexdigest()
+    """A name of what a figure shows."""
+    return drawing.digest([panel.series for panel in panels])
 
 
 def picture(number: int) -> Path:

@@ -1,7 +1,5 @@
 """README's picture: the spectra that training gives original blocks and proposed sub-blocks, beside those of chance."""
 
-import hashlib
-import json
 from typing import NamedTuple
 
 import torch
@@ -10,6 +8,7 @@ import torch.nn.functional as F
 from timm_nonlocal import paper
 from timm_nonlocal.analysis.spectra import symmetric_eigenvalues
 
+from . import drawing
 from .results import Record, counted, median_records
 from .spectra import kept
 
@@ -74,5 +73,5 @@ def collect(records: list[Record]) -> list[Spectra]:
 
 
 def digest(spectra: list[Spectra]) -> str:
-    """A name of what the picture shows, kept inside it."""
-    return hashlib.sha256(json.dumps([each.blocks for each in spectra]).encode()).hexdigest()
+    """A name of what the picture shows."""
+    return drawing.digest([each.blocks for each in spectra])

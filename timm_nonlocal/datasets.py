@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ['DATASETS', 'DataError', 'Dataset', 'mean_image', 'read_images']
+__all__ = ['DATASETS', 'TEST_IMAGES', 'TRAIN_IMAGES', 'DataError', 'Dataset', 'mean_image', 'read_images']
 
 
 class DataError(Exception):
@@ -36,6 +36,7 @@ class Dataset:
         return len(self.labels)
 
 
+TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000  # of either data set
 DATASETS = {
     'cifar10': Dataset('CIFAR-10', 'uoft-cs/cifar10', (0.4914, 0.4822, 0.4465), tuple(
         'airplane automobile bird cat deer dog frog horse ship truck'.split())),

@@ -19,14 +19,13 @@ from typing import Any
 
 from hub import cards, claims
 from hub.results import PublishError, diverged, to_ship
+from timm_nonlocal.datasets import TEST_IMAGES, TRAIN_IMAGES
 from timm_nonlocal.files import sha256
 from train.options import Parser
 from train.records import run_dir
 from train.records.run_dir import read_results, write_lines
 from train.records.runs import ROOT, Run
 from train.records.state import RunError, write
-
-IMAGES = [50_000, 10_000]  # to train on and to test on, in both data sets
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,10 +58,10 @@ def check(folder: Path, record: dict[str, Any]) -> None:
     """Raises RunError for a run that cannot land."""
     if record.get('limit'):
         raise RunError(f'{folder} was trained on the first {record["limit"]} images only: it does not land')
-    if record.get('images', IMAGES) != IMAGES:
-        train, test = record['images']
+    train, test = record.get('images', (TRAIN_IMAGES, TEST_IMAGES))
+    if (train, test) != (TRAIN_IMAGES, TEST_IMAGES):
         raise RunError(f'{folder} was trained on {train} images and tested on {test}, where {record["dataset"]} has '
-                       f'{IMAGES[0]} and {IMAGES[1]}: it does not land')
+                       f'{TRAIN_IMAGES} and {TEST_IMAGES}: it does not land')
     commit = record.get('commit') or ''
     if not commit or commit.endswith('-dirty') or not in_history(commit):
         made_by = f'{commit}, which is not in the history' if commit else 'an unknown commit'

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.goals import Goal, goals_table
+from benchmarks.goals import Goal, goals_table, provenance
 
 __all__ = ['CPU_CASE', 'GPU_CASE', 'LOW_CASE', 'goals', 'report', 'table']
 
@@ -98,10 +98,9 @@ def report(kept: dict[str, Any]) -> str:
         f'`benchmarks/stage.json`; `{COMMAND}` and then `python -m benchmarks.stage --render DIR/stage.json` adds '
         'another device.', '']
     for device, record in kept.items():
-        versions = ', '.join(f'{name} {version}' for name, version in record['versions'].items() if version)
         wrong = [check for check in record['checks'] if not check['right']]
         lines += [f'### {device}', '',
-                  f'{versions}, commit {record["commit"]}, `{record["command"]}`. {len(record["checks"])} outputs were '
+                  f'{provenance(record)}, `{record["command"]}`. {len(record["checks"])} outputs were '
                   f'compared with float64 first, {len(wrong)} of them were wrong.', '', *_cases(record),
                   *extras(record)]
     return '\n'.join(lines).rstrip()

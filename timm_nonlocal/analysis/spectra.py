@@ -308,13 +308,12 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
 
 
 def _told(block: Block, model: nn.Module) -> Block:
-    """The block, and what the module says that it is in where the names do not tell it: without θ there is no φ."""
+    """The block, and what the module around it says where its names do not tell."""
     if block.formulation != 'unknown':
         return block
     kinds = (recorder.formulation(module) for name, module in recorder.nonlocal_modules(model).items()
              if not name or block.w_g.startswith(f'{name}.'))
-    return replace(block, formulation=kind, symmetric=True) if (kind := next(kinds, None)) else block
-
+    return block.told(next(kinds, None))
 
 
 def _found(tensors: Mapping[str, Tensor], key_map: dict[str, re.Pattern] | None) -> Found:

@@ -1,6 +1,6 @@
 """What is known of a nonlocal block in a state dict: where its tensors are, and what they are called."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .stored import STABLE, Stored
 
@@ -18,7 +18,7 @@ class Block:
         index: the block's number in it.
         name: the block's own prefix.
         naming: the layout's name, or 'key-map'.
-        formulation: 'original' (eq. (1)), 'proposed' (eq. (8)), or 'unknown' (ours without θ: a control).
+        formulation: 'original' (eq. (1)), 'proposed' (eq. (8)), or 'unknown' (ours without θ: see `told`).
         symmetric: whether φ = θ; None where the names do not tell.
         g, z: how W_g and W_Z are stored.
         norm: prefix of a batch norm after W_Z, with running statistics.
@@ -38,6 +38,12 @@ class Block:
     z: Stored
     norm: str | None = None
     scale: str | None = None
+
+    def told(self, formulation: str | None) -> 'Block':
+        """The block with what others say of it where its names do not tell: without θ there is no φ."""
+        if self.formulation != 'unknown' or formulation is None:
+            return self
+        return replace(self, formulation=formulation, symmetric=True)
 
     @property
     def w_g(self) -> str:

@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 import traceback
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,9 @@ def examine(target: str, args: argparse.Namespace) -> Result:
     if not blocks:
         result.code, result.error = 4, _nothing(source, len(found.blocks), args.key_map)
         return result
-    if any(block.formulation == 'unknown' for block in blocks) and (kind := formulation(source, args.arch)):
-        blocks = [replace(block, formulation=kind, symmetric=True) if block.formulation == 'unknown' else block
-                  for block in blocks]  # without θ there is no φ
+    if any(block.formulation == 'unknown' for block in blocks):
+        kind = formulation(source, args.arch)
+        blocks = [block.told(kind) for block in blocks]
     if args.list:
         for block in blocks:
             shape = source.tensors.shapes[block.w_g]
@@ -219,13 +218,16 @@ def show(args: argparse.Namespace, text: str) -> int:
 
 def draw(args: argparse.Namespace, results: list[Result], checks: list[dict[str, Any]], command: str) -> int:
     """Writes the picture and the page that are asked for. Returns 0, or 2 where one cannot be written."""
-    from . import page, plots
+    def picture(path: Path) -> None:
+        from . import plots
+        plots.plot(path, results, overlay=args.layout == 'overlay', share_y=args.share_y, dpi=args.dpi)
+
+    def whole(path: Path) -> None:
+        from . import page
+        page.write(path, results, checks, command)
 
     code = 0
-    for flag, name, write in (
-            ('--plot', args.plot, lambda path: plots.plot(
-                path, results, overlay=args.layout == 'overlay', share_y=args.share_y, dpi=args.dpi)),
-            ('--html', args.html, lambda path: page.write(path, results, checks, command))):
+    for flag, name, write in (('--plot', args.plot, picture), ('--html', args.html, whole)):
         try:
             if name:
                 write(_in_a_folder(name))

@@ -205,10 +205,9 @@ class PreResNet(nn.Module):
         Where there was no pooling and none is asked for, classes come with average pooling.
         """
         weight = next(self.parameters())
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        if num_classes and global_pool is None:
-            pool = pool or 'avg'
-        self._set_head(num_classes, pool, weight.device, weight.dtype)
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type or ('avg' if num_classes else '')
+        self._set_head(num_classes, global_pool, weight.device, weight.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to features (B, 256, ⌈H/4⌉, ⌈W/4⌉), after the final BN-ReLU."""
