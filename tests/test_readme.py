@@ -25,7 +25,8 @@ def test_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         return create(name, pretrained=pretrained and name != 'resnet50', **kwargs)
 
     monkeypatch.setattr(timm, 'create_model', without_network)
-    (block,), names = re.findall(r'```python\n(.*?)```', README, re.DOTALL), {}
+    (block,) = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+    names: dict[str, Any] = {}
     exec(block, names)
     label, eigenvalues = capsys.readouterr().out.splitlines()
     assert label in DATASETS['cifar10'].labels and eigenvalues.count(',') == 63

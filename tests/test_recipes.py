@@ -1,5 +1,7 @@
 """Recipes from JSON: one clear line for each thing that can be wrong with the fields."""
 
+from typing import Any
+
 import pytest
 
 from timm_nonlocal.recipes import NEWER, PAPER, Recipe
@@ -19,11 +21,11 @@ OLD = {name: value for name, value in PAPER.to_dict().items() if name not in NEW
     ({**OLD, 'milestones': [81, 122.5]}, "the recipe's milestones is [81, 122.5], not a list of whole numbers"),
     ('paper', "a recipe has fields, it is not 'paper'"),
 ])
-def test_fields_that_make_no_recipe(fields, message):
+def test_fields_that_make_no_recipe(fields: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         Recipe.from_dict(fields)
     assert str(caught.value) == message
 
 
-def test_a_whole_number_is_a_number():
+def test_a_whole_number_is_a_number() -> None:
     assert Recipe.from_dict({**OLD, 'lr': 1, 'warmup': 0}) == Recipe(lr=1)

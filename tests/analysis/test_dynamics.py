@@ -15,7 +15,7 @@ M, C, INNER = 24, 6, 3
 EYE = torch.eye(M, dtype=torch.float64)
 
 
-def kernel(kind):
+def kernel(kind: str) -> torch.Tensor:
     """A (M, M): of a positive definite kernel, of any symmetric nonnegative one, or of θ ≠ φ."""
     x = torch.randn(M, 4, dtype=torch.float64)
     k = {'positive definite': torch.exp(x @ x.T), 'symmetric': torch.rand(M, M, dtype=torch.float64),
@@ -25,12 +25,13 @@ def kernel(kind):
     return k / k.sum(1, keepdim=True)
 
 
-def pairs(count, scale=0.4):
+def pairs(count: int, scale: float = 0.4) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(scale * torch.randn(C, INNER, dtype=torch.float64), torch.randn(INNER, C, dtype=torch.float64))
             for _ in range(count)]
 
 
-def dense_gain(a, pi, weights, formulation):
+def dense_gain(a: torch.Tensor, pi: torch.Tensor, weights: list[tuple[torch.Tensor, torch.Tensor]],
+               formulation: str) -> float:
     """The 2-norm of all steps as one (M C)×(M C) matrix, in the norm weighted by π."""
     root = pi.sqrt()
     b = root[:, None] * a / root - (EYE if formulation == 'proposed' else 0)
@@ -43,7 +44,7 @@ def dense_gain(a, pi, weights, formulation):
 @pytest.mark.parametrize('kind', ['positive definite', 'symmetric', 'general'])
 @pytest.mark.parametrize('formulation', ['proposed', 'original'])
 @pytest.mark.parametrize('count', [1, 3])
-def test_amplification_is_the_norm_of_the_written_out_operator(kind, formulation, count):
+def test_amplification_is_the_norm_of_the_written_out_operator(kind: str, formulation: str, count: int) -> None:
     chain, weights = dynamics.markov_chain(kernel(kind)), pairs(count)
     assert chain.reversible == (kind != 'general')
     expected = max(1.0, dense_gain(chain.a, chain.pi, weights, formulation))
@@ -53,7 +54,7 @@ def test_amplification_is_the_norm_of_the_written_out_operator(kind, formulation
 
 
 @pytest.mark.parametrize('formulation', ['proposed', 'original'])
-def test_kappa_bounds_every_positive_definite_kernel(formulation):
+def test_kappa_bounds_every_positive_definite_kernel(formulation: str) -> None:
     """With μ ≤ 1 from the weights alone; and what is measured on A comes from below."""
     weights = pairs(3)
     blocks, stage = stability(weights, formulation, symmetric=True)
@@ -66,7 +67,7 @@ def test_kappa_bounds_every_positive_definite_kernel(formulation):
         assert dynamics.amplification(chain, weights, formulation) <= stage['kappa'] * (1 + 1e-3)
 
 
-def test_kappa_of_one_step_is_the_papers_cfl_number():
+def test_kappa_of_one_step_is_the_papers_cfl_number() -> None:
     (w_z, w_g), = pairs(1)
     w, eye = w_z @ w_g, torch.eye(C, dtype=torch.float64)
     for mu in (0.3, 1.0, 2.0):
@@ -78,7 +79,7 @@ def test_kappa_of_one_step_is_the_papers_cfl_number():
     assert block['constant_gain'] == pytest.approx(torch.linalg.matrix_norm(eye + w, ord=2).item(), rel=1e-12)
 
 
-def test_reduced_weights_have_the_same_kappa():
+def test_reduced_weights_have_the_same_kappa() -> None:
     w_z, w_g = torch.randn(32, 3, dtype=torch.float64), torch.randn(3, 32, dtype=torch.float64)
     left, right = restricted(w_z, w_g)
     assert left.shape == (6, 3)
@@ -88,7 +89,7 @@ def test_reduced_weights_have_the_same_kappa():
 
 
 @pytest.mark.parametrize('formulation', ['proposed', 'original'])
-def test_wide_stages_take_another_way_to_the_same_number(formulation, monkeypatch):
+def test_wide_stages_take_another_way_to_the_same_number(formulation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, chain = pairs(3), dynamics.markov_chain(kernel('positive definite'))
     ws = [w_z @ w_g for w_z, w_g in weights]
     narrow = dynamics.kappa(ws, 1.0, formulation), dynamics.amplification(chain, weights, formulation)
@@ -97,7 +98,7 @@ def test_wide_stages_take_another_way_to_the_same_number(formulation, monkeypatc
     assert wide[0] == pytest.approx(narrow[0], rel=1e-3) and wide[1] == pytest.approx(narrow[1], rel=1e-8)
 
 
-def test_a_stable_parametrisation_has_kappa_one():
+def test_a_stable_parametrisation_has_kappa_one() -> None:
     """W = τ W_gᵀ W_g with τ ‖W_g‖² ≤ 2/μ_max amplifies nothing; its opposite does, and so does a larger step."""
     w_g = torch.randn(INNER, C, dtype=torch.float64)
     w_g /= torch.linalg.matrix_norm(w_g, ord=2)
@@ -109,7 +110,7 @@ def test_a_stable_parametrisation_has_kappa_one():
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.floats(0.1, 2), st.complex_numbers(max_magnitude=4, allow_nan=False, allow_infinity=False))
-def test_cfl_disc(mu, value):
+def test_cfl_disc(mu: float, value: complex) -> None:
     """Inside the disc of centre and radius 1/μ_max means |1 - μ w| ≤ 1 for all μ up to μ_max."""
     outside, radius = dynamics.cfl(torch.tensor([value], dtype=torch.complex128), mu, 'proposed')
     distance = abs(value - 1 / mu) - 1 / mu
@@ -120,7 +121,7 @@ def test_cfl_disc(mu, value):
 
 
 @pytest.mark.parametrize('kind', ['positive definite', 'symmetric', 'general'])
-def test_markov_numbers(kind):
+def test_markov_numbers(kind: str) -> None:
     a = kernel(kind)
     chain = dynamics.markov_chain(a)
     assert (chain.pi @ a - chain.pi).abs().max() < 1e-12 and chain.pi.sum() == pytest.approx(1)
@@ -136,7 +137,7 @@ def test_markov_numbers(kind):
     assert found['reversibility'] == pytest.approx(((flow - flow.T).norm() / flow.norm()).item(), abs=1e-12)
 
 
-def test_the_two_controls_as_chains():
+def test_the_two_controls_as_chains() -> None:
     uniform = dynamics.markov(dynamics.markov_chain(torch.full((M, M), 1 / M, dtype=torch.float64)))
     assert uniform['entropy'] == pytest.approx(math.log(M)) and uniform['neighbours'] == pytest.approx(M)
     assert (uniform['second'], uniform['mu_max']) == pytest.approx((0, 1), abs=1e-9)
@@ -145,7 +146,7 @@ def test_the_two_controls_as_chains():
     assert identity['mu_max'] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_chain_of_two_islands_has_the_stationary_distribution_of_the_uniform_start():
+def test_a_chain_of_two_islands_has_the_stationary_distribution_of_the_uniform_start() -> None:
     a = torch.block_diag(kernel('general')[:8, :8], kernel('general')[:16, :16])
     a = a / a.sum(1, keepdim=True)
     pi = dynamics.stationary(a)
@@ -154,7 +155,7 @@ def test_a_chain_of_two_islands_has_the_stationary_distribution_of_the_uniform_s
 
 
 @pytest.mark.parametrize('kind', ['positive definite', 'general'])
-def test_energies_and_the_conserved_mean(kind):
+def test_energies_and_the_conserved_mean(kind: str) -> None:
     chain, z = dynamics.markov_chain(kernel(kind)), torch.randn(M, C, dtype=torch.float64)
     found = dynamics.energies(chain.a, chain.pi, z)
     distances = torch.cdist(z, z).square()
@@ -168,7 +169,7 @@ def test_energies_and_the_conserved_mean(kind):
     torch.testing.assert_close(chain.pi @ stepped, mean)  # eq. (8) keeps it, whatever W is
 
 
-def test_diffusion_lowers_what_it_should():
+def test_diffusion_lowers_what_it_should() -> None:
     """W = I/2: Z ← (Z + A Z)/2 lowers variance and Dirichlet energy; W = -I/2 raises them."""
     chain, z = dynamics.markov_chain(kernel('positive definite')), torch.randn(M, C, dtype=torch.float64)
     before = dynamics.energies(chain.a, chain.pi, z)
@@ -178,13 +179,13 @@ def test_diffusion_lowers_what_it_should():
             assert (after[name] < before[name]) is (sign > 0)
 
 
-def test_ritz_values_of_a_map_with_a_small_invariant_subspace():
+def test_ritz_values_of_a_map_with_a_small_invariant_subspace() -> None:
     diagonal = torch.tensor([3.0, -5.0, 1.0, 1.0], dtype=torch.float64)
     values = dynamics.ritz(lambda v: diagonal * v, torch.ones(4, dtype=torch.float64), 10).real.sort().values
     assert values.tolist() == pytest.approx([-5, 1, 3])
 
 
-def test_a_chain_that_is_not_reversible_where_it_hardly_is():
+def test_a_chain_that_is_not_reversible_where_it_hardly_is() -> None:
     """Sharp attention with θ ≠ φ: the defect sees nothing but the few positions that have nearly all the weight."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):

@@ -1,5 +1,8 @@
 """A look inside on images: the trajectory is what the model computes, and the numbers are those of its A."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -9,14 +12,14 @@ from timm_nonlocal import NonlocalBlock, NonlocalStage
 from timm_nonlocal.analysis import dynamics, recorder
 
 
-def tokens(x):
+def tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
 @pytest.mark.parametrize('affinity', ['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation', 'uniform',
                                       'identity'])
 @pytest.mark.parametrize('name', ['preresnet20_nl_proposed_k3', 'preresnet20_nl_original_k2'])
-def test_trajectory_ends_where_the_model_does(name, affinity):
+def test_trajectory_ends_where_the_model_does(name: str, affinity: str) -> None:
     model = timm.create_model(name, nl_args={'affinity': affinity}).eval()
     module = recorder.nonlocal_modules(model)['layer1.nl']
     x = torch.randn(2, 64, 4, 4)
@@ -27,7 +30,8 @@ def test_trajectory_ends_where_the_model_does(name, affinity):
 
 @pytest.mark.parametrize('control', [recorder.uniform, recorder.identity])
 @pytest.mark.parametrize('kind', [NonlocalStage, NonlocalBlock])
-def test_replaced_affinity_is_the_control(kind, control):
+def test_replaced_affinity_is_the_control(kind: type[NonlocalBlock] | type[NonlocalStage],
+                                          control: Callable[..., Any]) -> None:
     module, same = kind(8), kind(8, affinity=control.__name__)
     same.load_state_dict({name: tensor for name, tensor in module.state_dict().items() if 'th' not in name
                           and 'phi' not in name})
@@ -35,7 +39,7 @@ def test_replaced_affinity_is_the_control(kind, control):
     torch.testing.assert_close(recorder.trajectory(module, tokens(x), control)[1][-1], tokens(same(x)))
 
 
-def test_modules_are_listed_once():
+def test_modules_are_listed_once() -> None:
     model = timm.create_model('preresnet20_nl_original_k1x3')
     assert list(recorder.nonlocal_modules(model)) == ['layer1.nl', 'layer2.nl', 'layer3.nl']
     assert list(recorder.nonlocal_modules(NonlocalStage(4))) == ['']
@@ -45,16 +49,16 @@ def test_modules_are_listed_once():
 class Tiny(nn.Module):
     """A stage between two convolutions, on 6×6 positions."""
 
-    def __init__(self, module):
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.stem, self.nl, self.head = nn.Conv2d(3, 8, 3, padding=1), module, nn.Linear(8, 4)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.nl(self.stem(x)).mean((2, 3)))
 
 
 @pytest.mark.parametrize('symmetric', [True, False])
-def test_watch(symmetric):
+def test_watch(symmetric: bool) -> None:
     model = Tiny(NonlocalStage(8, 2, symmetric=symmetric, scale=1.0)).eval()
     images, labels = torch.randn(6, 3, 6, 6), torch.randint(0, 4, (6,))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -86,7 +90,7 @@ def test_watch(symmetric):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_damping_is_seen():
+def test_damping_is_seen() -> None:
     """A stage with W = I/2, C' = C, diffuses: variance and Dirichlet energy fall after every sub-block."""
     stage = NonlocalStage(8, 3, inner_dim=8, symmetric=True)
     for block in stage.sub_blocks:
@@ -97,7 +101,7 @@ def test_damping_is_seen():
     assert module['kappa'] == pytest.approx([1, 1, 1]) and module['kappa_stage'] == pytest.approx(1)
 
 
-def test_an_affinity_that_is_no_markov_matrix():
+def test_an_affinity_that_is_no_markov_matrix() -> None:
     found = recorder.watch(Tiny(NonlocalStage(8, 2, affinity='dot_product')).eval(), torch.randn(2, 3, 6, 6))
     module = found['modules']['nl']
     assert found['accuracy'] is None and not module['is_markov']
@@ -105,7 +109,7 @@ def test_an_affinity_that_is_no_markov_matrix():
     assert len(module['variance']) == 3
 
 
-def test_without_a_nonlocal_module_nothing_changes():
+def test_without_a_nonlocal_module_nothing_changes() -> None:
     found = recorder.watch(timm.create_model('preresnet20').eval(), torch.randn(2, 3, 32, 32))
     assert found['modules'] == {} and found['agreement'] == {'uniform': 100, 'identity': 100}
 
@@ -113,7 +117,7 @@ def test_without_a_nonlocal_module_nothing_changes():
 def test_what_a_layer_computes_counts_and_not_the_weight_inside_it() -> None:
     """As with adapters: the layer that holds the weight is called through another."""
     class Adapted(nn.Module):
-        def __init__(self, layer: nn.Linear):
+        def __init__(self, layer: nn.Linear) -> None:
             super().__init__()
             self.layer, self.weight = layer, layer.weight
             self.in_features = layer.in_features
@@ -123,11 +127,12 @@ def test_what_a_layer_computes_counts_and_not_the_weight_inside_it() -> None:
 
     stage, x = NonlocalStage(4, 2), torch.randn(1, 9, 4)
     weights = recorder.block_weights(stage)
-    stage.sub_blocks[0].z = Adapted(stage.sub_blocks[0].z)
+    block: Any = stage.sub_blocks[0]
+    block.z = Adapted(block.z)
     found = recorder.block_weights(stage)
     torch.testing.assert_close(found[0][0], 3 * weights[0][0])
     assert all(torch.equal(a, b) for a, b in zip((found[0][1], *found[1]), (weights[0][1], *weights[1]), strict=True))
     torch.testing.assert_close(recorder.trajectory(stage, x)[1][-1], stage(x.mT.unflatten(2, (3, 3))).flatten(2).mT)
-    stage.sub_blocks[0].z = nn.Identity()
+    block.z = nn.Identity()
     with pytest.raises(ValueError, match=r'^z \(Identity\) has no weight'):
         recorder.block_weights(stage)

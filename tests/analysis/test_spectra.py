@@ -21,7 +21,7 @@ SEEDED = settings(max_examples=60, deadline=None, derandomize=True, suppress_hea
 
 
 @st.composite
-def weight_pairs(draw):
+def weight_pairs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     """W_Z, (C, C'), and W_g, (C', C), of random sizes, scales, dtypes and ranks."""
     channels, inner = draw(st.integers(1, 40)), draw(st.integers(1, 24))
     generator = np.random.default_rng(draw(st.integers(0, 2 ** 32)))
@@ -40,7 +40,7 @@ def weight_pairs(draw):
 
 @SEEDED
 @given(weight_pairs())
-def test_equals_numpys_dense_algebra(pair):
+def test_equals_numpys_dense_algebra(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     w_z, w_g = pair
     channels, _inner = w_z.shape
     w = w_z.double().numpy() @ w_g.double().numpy()
@@ -75,14 +75,14 @@ def test_equals_numpys_dense_algebra(pair):
 
 @SEEDED
 @given(weight_pairs())
-def test_reduced_problem_is_of_the_smaller_size(pair):
+def test_reduced_problem_is_of_the_smaller_size(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     w_z, w_g = (weight.double() for weight in pair)
     left, right = restricted(w_z, w_g)
     assert left.shape == right.T.shape == (min(len(w_z), 2 * len(w_g)), len(w_g))
 
 
 @pytest.mark.parametrize('inner', [1, 5, 16, 32])
-def test_inertia_of_generic_weights(inner):
+def test_inertia_of_generic_weights(inner: int) -> None:
     """Exactly C' positive and C' negative eigenvalues, and C - 2 C' zeros, for any weights in general position."""
     for _ in range(20):
         found = numbers(torch.randn(64, inner), torch.randn(inner, 64))
@@ -90,7 +90,7 @@ def test_inertia_of_generic_weights(inner):
         assert found['flags'] == ()
 
 
-def test_tied_weights_have_one_sign():
+def test_tied_weights_have_one_sign() -> None:
     """W_Z = W_gᵀ gives W = W_gᵀ W_g ≥ 0 and W_Z = -W_gᵀ the opposite: the count is not constant."""
     stage = NonlocalStage(64, 2)
     first, second = stage.sub_blocks
@@ -105,7 +105,7 @@ def test_tied_weights_have_one_sign():
     assert positive.trace == pytest.approx(first.g.weight.double().square().sum().item(), rel=1e-6)
 
 
-def test_expectation_of_random_weights():
+def test_expectation_of_random_weights() -> None:
     """16.0 ± 0.6 at C = 64, C' = 32, against draws of its own; exactly C' where everything is counted."""
     mean, deviation = negative_of_random_weights(64, 32, 32)
     counts = torch.tensor([float(numbers(torch.randn(64, 32), torch.randn(32, 64))['neg_top']) for _ in range(400)])
@@ -118,7 +118,7 @@ def test_expectation_of_random_weights():
     assert negative_of_random_weights(64, 8, 32) == negative_of_random_weights(64, 8, None) == (8, 0)
 
 
-def test_kept_deviations_are_those_that_are_drawn():
+def test_kept_deviations_are_those_that_are_drawn() -> None:
     kept = json.loads(KEPT.read_text())
     assert kept['draws'] == DRAWS_KEPT and list(kept['deviations']) == [','.join(map(str, shape)) for shape in USUAL]
     for shape, value in zip(USUAL, kept['deviations'].values(), strict=True):
@@ -126,7 +126,7 @@ def test_kept_deviations_are_those_that_are_drawn():
     assert negative_of_random_weights(2048, 256, 32) == (16, kept['deviations']['256,32,32'])
 
 
-def test_the_random_stream_of_the_caller_is_left_alone():
+def test_the_random_stream_of_the_caller_is_left_alone() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -134,7 +134,7 @@ def test_the_random_stream_of_the_caller_is_left_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_rank_deficient_weights_are_flagged():
+def test_rank_deficient_weights_are_flagged() -> None:
     w_z = torch.randn(64, 32)
     w_z[:, 5] = 0
     found = numbers(w_z, torch.randn(32, 64))
@@ -148,27 +148,28 @@ def test_rank_deficient_weights_are_flagged():
     ('preresnet56_nl_original_k1x3', [(f'layer{i}.nl', 'original', 1, 32 * 2 ** i) for i in (1, 2, 3)]),
     ('preresnet20', []),
 ])
-def test_finds_every_block_in_order(name, stages):
+def test_finds_every_block_in_order(name: str, stages: list[tuple[str, str, int, int]]) -> None:
     records = spectrum(timm.create_model(name))
     assert [(r.stage, r.formulation, r.index, r.C) for r in records] == [
         (stage, kind, index, channels) for stage, kind, k, channels in stages for index in range(k)]
     for record in records:
         assert record.C_inner == record.C // 2 and record.naming == 'timm_nonlocal' and record.symmetric is False
+        assert record.neg_top is not None and record.pos_top is not None
         assert record.neg_top + record.pos_top == len(record.top) == 32
         assert record.trace == pytest.approx(sum(record.eigenvalues))
 
 
-def test_ten_or_more_blocks_are_in_number_order():
+def test_ten_or_more_blocks_are_in_number_order() -> None:
     assert [record.index for record in spectrum(NonlocalStage(4, 12))] == list(range(12))
 
 
-def test_the_function_is_not_in_the_way_of_the_module():
+def test_the_function_is_not_in_the_way_of_the_module() -> None:
     assert timm_nonlocal.spectrum is importlib.import_module('timm_nonlocal.analysis.spectra').spectrum
     from timm_nonlocal.analysis.spectra import TOP
     assert TOP == 32
 
 
-def test_model_and_state_dict_say_the_same_during_training():
+def test_model_and_state_dict_say_the_same_during_training() -> None:
     model = timm.create_model('preresnet20_nl_proposed_k2')
     before = spectrum(model)
     model(torch.randn(4, 3, 32, 32)).square().mean().backward()
@@ -182,7 +183,7 @@ def test_model_and_state_dict_say_the_same_during_training():
     assert (found[0].stage, found[0].keys['w_z']) == ('layer1.nl', '_orig_mod.module.layer1.nl.sub_blocks.0.z.weight')
 
 
-def test_top_and_records_as_dicts():
+def test_top_and_records_as_dicts() -> None:
     model = timm.create_model('preresnet20_nl_proposed_k1')
     (record,), (whole,), (few,) = spectrum(model), spectrum(model, top=None), spectrum(model, top=3)
     assert (whole.top_k, whole.neg_top, whole.neg_top_null, whole.neg_top_null_sd) == (64, 32, 32, 0)
@@ -196,7 +197,7 @@ def test_top_and_records_as_dicts():
     assert not any(isinstance(value, (list, dict, torch.Tensor)) for value in flat)  # one table row
 
 
-def test_weights_that_are_not_finite_have_no_numbers():
+def test_weights_that_are_not_finite_have_no_numbers() -> None:
     weights = NonlocalStage(8, 1).state_dict()
     for value in (float('nan'), float('inf')):
         (record,) = spectrum({**weights, 'sub_blocks.0.z.weight': torch.full((8, 4), value)})
@@ -204,7 +205,7 @@ def test_weights_that_are_not_finite_have_no_numbers():
         json.dumps(record.to_dict(), allow_nan=False)
 
 
-def test_weights_of_another_dtype_are_refused():
+def test_weights_of_another_dtype_are_refused() -> None:
     weights = NonlocalStage(8, 1).state_dict()
     with pytest.raises(ValueError, match=r'sub_blocks\.0\.z\.weight is int8, not floating point'):
         spectrum({**weights, 'sub_blocks.0.z.weight': torch.ones(8, 4, dtype=torch.int8)})

@@ -2,6 +2,9 @@
 
 import json
 import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,21 +20,22 @@ CEILINGS = {'copy': 1e9, 'exponential': 1e9, 'product': {'float32': 1e10, 'bfloa
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def entry(case, **results):
+def entry(case: str, **results: Any) -> dict[str, Any]:
     return {'name': case, 'counts': counts.counts(SMALL), 'floor': counts.floor(SMALL, CEILINGS), 'results': results}
 
 
-def record(device='CPU X', cuda=None, cases=(), **more):
+def record(device: str = 'CPU X', cuda: str | None = None, cases: Iterable[dict[str, Any]] = (),
+           **more: Any) -> dict[str, Any]:
     return {'device': device, 'versions': {'torch': '2.11', 'cuda': cuda}, 'commit': 'abc', 'command': 'python -m …',
             'checks': [], 'ceilings': CEILINGS, 'cases': list(cases), 'attention': [], 'tiles': [], 'kernels': [],
             'failed': [], **more}
 
 
-def row(ms, held=1e6):
+def row(ms: float, held: float = 1e6) -> dict[str, float]:
     return {'forward': ms / 3, 'both': ms, 'bytes': held}
 
 
-def test_the_small_version(tmp_path, monkeypatch, capsys):
+def test_the_small_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(benchmark, 'cases', lambda device: [SMALL])
     right = {'what': 'all', 'error': 0.0, 'tolerance': 1.0, 'right': True}
     monkeypatch.setattr(benchmark, 'checks', lambda *_: [right])
@@ -44,7 +48,8 @@ def test_the_small_version(tmp_path, monkeypatch, capsys):
     assert 'time on a GPU, B = 128, M = 1024, k = 5, bfloat16 (≤ 0.8 ms)' in capsys.readouterr().out
 
 
-def test_a_wrong_output_shows_in_the_table_and_in_the_exit_code(tmp_path, monkeypatch, capsys):
+def test_a_wrong_output_shows_in_the_table_and_in_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {'what': 'stage', 'error': math.nan, 'tolerance': 1e-5, 'right': False}
     monkeypatch.setattr(benchmark, 'checks', lambda *_: [wrong])
     monkeypatch.setattr(benchmark, 'cases', lambda device: [SMALL])
@@ -53,7 +58,7 @@ def test_a_wrong_output_shows_in_the_table_and_in_the_exit_code(tmp_path, monkey
     assert 'WRONG: stage: nan > 1e-05' in capsys.readouterr().out
 
 
-def test_the_end_of_time_and_a_failing_part_cost_nothing_else(tmp_path, monkeypatch):
+def test_the_end_of_time_and_a_failing_part_cost_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, 'checks', lambda *_: 1 / 0)
     monkeypatch.setattr(benchmark, 'cases', lambda device: [SMALL, SMALL])
     monkeypatch.setattr(benchmark, 'compare', lambda *_: {})
@@ -64,9 +69,9 @@ def test_the_end_of_time_and_a_failing_part_cost_nothing_else(tmp_path, monkeypa
     assert not (tmp_path / 'late').exists()
 
 
-def test_checks_find_what_is_wrong(monkeypatch):
+def test_checks_find_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that forgets the normaliser fails, and one that gives NaN too."""
-    def draw():
+    def draw() -> list[float]:
         *operands, scale = check.draw_operands(
             torch.float32, CPU, images=1, positions=20, dim=8, inner=8, k=2, logits=5.0)
         got = check.run_backend(ProductBackend, *operands, dim=8, inner=8, scale=scale)
@@ -81,7 +86,7 @@ def test_checks_find_what_is_wrong(monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['ours', 'ours, recompute', 'plain path', 'merged formula, autograd', 'SDPA k times'])
-def test_contenders_compute_the_same_function(name):
+def test_contenders_compute_the_same_function(name: str) -> None:
     torch.manual_seed(1)
     steps = [contenders.Step(which, SMALL, CPU) for which in ('plain path', name)]
     steps[1].module.load_state_dict(steps[0].module.state_dict())
@@ -93,8 +98,8 @@ def test_contenders_compute_the_same_function(name):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_memory_is_the_peak_without_what_is_returned():
-    def function():
+def test_memory_is_the_peak_without_what_is_returned() -> None:
+    def function() -> torch.Tensor:
         a, kept = torch.empty(1_000_000), torch.empty(500_000)
         del a
         torch.empty(250_000)
@@ -103,7 +108,7 @@ def test_memory_is_the_peak_without_what_is_returned():
     assert measure.extra_bytes(function, CPU) == 4_000_000
 
 
-def test_counts_of_the_headline():
+def test_counts_of_the_headline() -> None:
     """28 products of width 32 over M² pairs and 11 exponentials each, for 128 images; the maps add a tenth."""
     found = counts.counts(contenders.Case(128, 32, 5, 'bfloat16'))
     pairs = 128 * 1024 ** 2
@@ -111,13 +116,13 @@ def test_counts_of_the_headline():
     assert 1.1 < found['flop'] / (2 * 28 * 32 * pairs) < 1.12
 
 
-def test_every_case_of_the_grid_once_on_a_gpu_and_the_headline_first():
+def test_every_case_of_the_grid_once_on_a_gpu_and_the_headline_first() -> None:
     cases = benchmark.cases(torch.device('cuda'))
     assert len(set(cases)) == len(cases) == 6 * 2 * 2 * 2
     assert str(cases[0]) == report.GPU_CASE and str(benchmark.cases(CPU)[0]) == report.LOW_CASE
 
 
-def test_the_report_holds_figures_against_goals():
+def test_the_report_holds_figures_against_goals() -> None:
     cpu = entry(report.CPU_CASE, ours=row(100, 40e6), **{
         'plain path': row(250, 300e6), 'timm NonLocalAttn k times': row(400, 500e6), 'SDPA k times': {'failed': 'no'}})
     gpu = entry(report.GPU_CASE, ours={**row(1.5, 250e6), 'graph': 0.75}, **{'ours, recompute': row(1.2, 55e6)})
@@ -136,7 +141,7 @@ def test_the_report_holds_figures_against_goals():
     assert f'time on a GPU, {report.GPU_CASE} (≤ 0.8 ms)' in missing and '≥ 2.5 ×' not in missing
 
 
-def test_what_only_gpus_have_is_shown():
+def test_what_only_gpus_have_is_shown() -> None:
     tiles = [{'kernel': 'apply', 'tile': [128, 64, 4, 3], 'ms': 0.2, 'default': True},
              {'kernel': 'apply', 'tile': [64, 64, 4, 3], 'ms': 0.1, 'default': False},
              {'kernel': 'apply', 'tile': [256, 64, 8, 3], 'failed': 'OutOfResources'}]

@@ -1,6 +1,8 @@
 """The benchmark of training steps: its small version on the CPU, and the report that is made of what was measured."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,12 @@ from benchmarks.goals import goals_table
 GPU = {'device': 'GPU X', 'versions': {'torch': '2.11', 'cuda': '13.0'}, 'commit': 'abc', 'ceilings': {}, 'failed': []}
 
 
-def row(model='preresnet20', mode='graph bf16', seeds=1, ms=0.74):
+def row(model: str = 'preresnet20', mode: str = 'graph bf16', seeds: int = 1, ms: float = 0.74) -> dict[str, Any]:
     return {'model': model, 'mode': mode, 'seeds': seeds, 'ms': ms, 'images_per_second': 128 * seeds / ms * 1000}
 
 
 @pytest.mark.usefixtures('one_thread')
-def test_the_small_version(tmp_path, capsys):
+def test_the_small_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(['--output', str(tmp_path / 'found.json')]) == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[:4] for line in out[1:3]] == [['preresnet20', 'eager', 'float32', seeds] for seeds in '12']
@@ -28,7 +30,7 @@ def test_the_small_version(tmp_path, capsys):
         assert found['images_per_second'] == pytest.approx(1000 * found['seeds'] * 16 / found['ms'])
 
 
-def test_every_way_to_step_is_measured_once_on_a_gpu():
+def test_every_way_to_step_is_measured_once_on_a_gpu() -> None:
     cases = benchmark.cases(torch.device('cuda'))
     assert len(set(cases)) == len(cases)
     assert {(case.mode, case.seeds) for case in cases if case.model == 'preresnet20'} == {
@@ -37,8 +39,9 @@ def test_every_way_to_step_is_measured_once_on_a_gpu():
     assert {case.model for case in cases} == train_report.TARGETS.keys()
 
 
-def test_a_case_that_fails_and_the_end_of_time_cost_nothing_else(tmp_path, monkeypatch, capsys):
-    def measure(case, *arguments):
+def test_a_case_that_fails_and_the_end_of_time_cost_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(case: Any, *arguments: object) -> dict[str, Any]:
         if case.seeds == 1:
             raise RuntimeError('no kernel')
         return row(mode=case.mode, seeds=case.seeds)
@@ -51,7 +54,7 @@ def test_a_case_that_fails_and_the_end_of_time_cost_nothing_else(tmp_path, monke
     assert 'out of time: steps of' in capsys.readouterr().out
 
 
-def test_the_report_holds_figures_against_floors_and_goals():
+def test_the_report_holds_figures_against_floors_and_goals() -> None:
     steps = [row(), row(mode='compile + graph bf16', ms=0.5), row(seeds=5, ms=1.85), row('preresnet56', ms=1.8)]
     epochs = [{'model': 'preresnet20', 'wall_seconds': 0.35, 'share': 0.94}]
     kernels = [{'model': 'preresnet20', 'kernels_per_step': 300.0, 'busy': 0.97,

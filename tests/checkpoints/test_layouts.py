@@ -3,6 +3,8 @@
 import importlib
 import re
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,18 +13,19 @@ from torch import nn
 
 from timm_nonlocal import NonlocalBlock, NonlocalBlocks, NonlocalStage, spectrum
 from timm_nonlocal.analysis.spectra import block_weights
-from timm_nonlocal.checkpoints.layouts import find, near, parse_key_map
+from timm_nonlocal.checkpoints.layouts import Block, find, near, parse_key_map
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-def randomised(module):
+def randomised(module: nn.Module) -> nn.Module:
     """The module in eval mode, with batch norms that are not the identity and gains that are not zero."""
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(part.weight)
             nn.init.normal_(part.bias)
+            assert part.running_mean is not None and part.running_var is not None
             part.running_mean.normal_()
             part.running_var.uniform_(0.5, 2)
     for name, parameter in module.named_parameters():
@@ -31,23 +34,23 @@ def randomised(module):
     return module.eval()
 
 
-def operator(module, channels, dims):
+def operator(module: nn.Module, channels: int, dims: int) -> torch.Tensor:
     """W of a block by its own forward pass: A X = X where all positions are the same, so that Z = X + X Wᵀ + b."""
-    eye = torch.cat([torch.zeros(1, channels), torch.eye(channels)])[(..., *(None,) * dims)]
+    eye = torch.cat([torch.zeros(1, channels), torch.eye(channels)])[(...,) + (None,) * dims]
     eye = eye.expand(-1, -1, *(2,) * dims)
     with torch.no_grad():
         out = (module(eye) - eye).flatten(2)[:, :, 0]
     return (out[1:] - out[0]).T.double()
 
 
-def folded(module):
+def folded(module: nn.Module) -> tuple[Block, torch.Tensor]:
     state = module.state_dict()
     (block,) = find({name: tuple(tensor.shape) for name, tensor in state.items()}).blocks
     w_z, w_g, factor = block_weights(block, state, 1e-5)
     return block, factor[:, None] * w_z @ w_g
 
 
-def check(module, channels, dims, naming):
+def check(module: nn.Module, channels: int, dims: int, naming: str) -> None:
     module = randomised(module)
     block, w = folded(module)
     assert (block.naming, block.formulation) == (naming, 'original')
@@ -57,11 +60,11 @@ def check(module, channels, dims, naming):
     assert record.folded == bool(block.norm or block.scale)
     assert record.trace == pytest.approx(expected.trace().item(), abs=1e-4 * expected.abs().max().item() * channels)
     if record.folded:
-        assert record.raw.trace != record.trace and record.raw.raw is None
+        assert record.raw and record.raw.trace != record.trace and record.raw.raw is None
 
 
 @pytest.mark.parametrize('ratio', [1 / 8, 1 / 2])
-def test_timm(ratio):
+def test_timm(ratio: float) -> None:
     module = NonLocalAttn(16, rd_ratio=ratio, rd_divisor=2)
     assert spectrum(module)[0].flags == ('zero_weight',)  # γ = 0 at first
     check(module, 16, 2, 'timm')
@@ -70,13 +73,14 @@ def test_timm(ratio):
 class Named(nn.Module):
     """A block with given names, such as {'g': 'g.0', 'z': 'W.0', 'norm': 'W.1'}: X + W A X with A = 1/M."""
 
-    def __init__(self, names, channels=8, inner=4, dims=2, gamma=None, spectral=None):
+    def __init__(self, names: dict[str, str], channels: int = 8, inner: int = 4, dims: int = 2,
+                 gamma: nn.Parameter | None = None, spectral: Callable[[nn.Module], nn.Module] | None = None) -> None:
         super().__init__()
         made = {'g': CONV[dims](channels, inner, 1), 'z': CONV[dims](inner, channels, 1), 'norm': NORM[dims](channels)}
         if spectral:
             made = {role: spectral(module) if role != 'norm' else module for role, module in made.items()}
         for role, path in names.items():
-            parent = self
+            parent: Any = self
             for part in path.split('.')[:-1]:
                 if part not in parent._modules:
                     parent.add_module(part, nn.Module())
@@ -85,7 +89,7 @@ class Named(nn.Module):
         self.parts = [made[role] for role in names]
         self.gamma = gamma
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x.flatten(2).mean(2)[(...,) + (None,) * (x.ndim - 2)].expand_as(x)
         for part in self.parts:
             y = part(y)
@@ -106,14 +110,15 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(('naming', 'names', 'dims'), LAYOUTS)
-def test_namings(naming, names, dims):
+def test_namings(naming: str, names: dict[str, str], dims: int) -> None:
     check(Named(names, dims=dims), 8, dims, naming)
 
 
 @pytest.mark.parametrize('spectral', [None, nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 @pytest.mark.parametrize(('naming', 'names'), [
     ('biggan', {'g': 'g', 'z': 'o'}), ('biggan-hf', {'g': 'snconv1x1_g', 'z': 'snconv1x1_o_conv'})])
-def test_gains_and_spectral_normalisation(naming, names, spectral):
+def test_gains_and_spectral_normalisation(naming: str, names: dict[str, str],
+                                          spectral: Callable[[nn.Module], nn.Module] | None) -> None:
     module = Named(names, gamma=nn.Parameter(torch.tensor(0.3)), spectral=spectral)
     with torch.no_grad():
         module(torch.randn(2, 8, 4, 4))
@@ -121,13 +126,13 @@ def test_gains_and_spectral_normalisation(naming, names, spectral):
     assert spectrum(module, fold=False)[0].raw is None
 
 
-def test_spectral_normalisation_as_biggan_pytorch_keeps_it():
+def test_spectral_normalisation_as_biggan_pytorch_keeps_it() -> None:
     """One vector u0 beside each weight; v follows from it by a step of the power method."""
     g, o, u_g, u_o = torch.randn(4, 8, 1, 1), torch.randn(8, 4, 1, 1), torch.randn(1, 4), torch.randn(1, 8)
     state = {'attention.g.weight': g, 'attention.g.u0': u_g, 'attention.g.sv0': torch.ones(1),
              'attention.o.weight': o, 'attention.o.u0': u_o, 'attention.gamma': torch.tensor(2.0)}
 
-    def normalised(w, u):
+    def normalised(w: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         v = nn.functional.normalize(u @ w)
         return w / (nn.functional.normalize(v @ w.T) @ w @ v.T)
 
@@ -150,13 +155,13 @@ INSTALLED = {
 @pytest.mark.parametrize(('naming', 'module'), [
     ('mmcv', 'mmcv.cnn'), ('slowfast', 'pytorchvideo.layers.nonlocal_net'),
     ('biggan-hf', 'pytorch_pretrained_biggan.model')])
-def test_real_modules_where_they_are_installed(naming, module):
+def test_real_modules_where_they_are_installed(naming: str, module: str) -> None:
     pytest.importorskip(module.partition('.')[0])
     for block, channels, dims in INSTALLED[naming](importlib.import_module(module)):
         check(block, channels, dims, naming)
 
 
-def test_own_blocks():
+def test_own_blocks() -> None:
     stage = NonlocalStage(8, 2, symmetric=True)
     records = spectrum(nn.ModuleDict({'here': stage, 'there': NonlocalBlocks(8, 2), 'alone': NonlocalBlock(8),
                                       'control': NonlocalStage(8, 1, affinity='uniform')}))
@@ -169,30 +174,30 @@ def test_own_blocks():
     assert spectrum(as_conv) == spectrum(stage)
 
 
-def test_layer10_follows_layer9():
+def test_layer10_follows_layer9() -> None:
     block = NonlocalBlock(4).state_dict()
     state = {f'layer{number}.{name}': tensor for number in (10, 9) for name, tensor in block.items()}
     assert [record.stage for record in spectrum(state)] == ['layer9', 'layer10']
 
 
-def test_what_is_left_out_is_said():
+def test_what_is_left_out_is_said() -> None:
     shapes = {'a.g.weight': (4, 8, 3, 3), 'a.z.weight': (8, 4, 1, 1), 'b.g.weight': (4, 8), 'b.z.weight': (8, 3),
               'd.g.weight': (10 ** 9, 10 ** 9), 'd.z.weight': (10 ** 9, 10 ** 9),
               'c.conv_g.weight': (4, 8, 1), 'c.conv_out.weight': (8, 4, 1), 'c.norm.weight': (8,), 'c.norm.bias': (8,)}
     found = find(shapes)
     assert [(block.name, block.norm) for block in found.blocks] == [('c', None)]
-    assert [re.search('not 1×1|transpose|channels|not folded', warning)[0] for warning in found.warnings] == [
+    assert [re.findall('not 1×1|transpose|channels|not folded', warning)[0] for warning in found.warnings] == [
         'not 1×1', 'transpose', 'channels', 'not folded']
 
 
-def test_names_that_look_alike_are_no_blocks():
+def test_names_that_look_alike_are_no_blocks() -> None:
     assert find({'g.weight': (4, 8), 'o.weight': (8, 4)}).blocks == []  # no gain
     assert find({'lstm.g.weight': (4,), 'lstm.z.weight': (4,), 'W.weight': (3, 3)}) == find({})
     assert find({'a.g.weight': (0, 8), 'a.z.weight': (8, 0)}).blocks == []
 
 
-def test_key_map():
-    attention = nn.ModuleDict({name: nn.Conv2d(6, 6, 1) for name in ('q', 'k', 'v', 'proj_out')})
+def test_key_map() -> None:
+    attention: Any = nn.ModuleDict({name: nn.Conv2d(6, 6, 1) for name in ('q', 'k', 'v', 'proj_out')})
     model = nn.ModuleDict({'mid': nn.ModuleDict({'attn_1': attention})})
     assert spectrum(model) == []
     (record,) = spectrum(model, key_map=r'g=\.v\.weight,z=\.proj_out\.weight')
@@ -202,11 +207,11 @@ def test_key_map():
     state = {'a.value.weight': torch.randn(2, 4), 'a.out.weight': torch.randn(4, 2), 'a.bn.weight': torch.ones(4) * 3,
              'a.bn.running_var': torch.ones(4), 'a.gain': torch.tensor(2.0)}
     (record,) = spectrum(state, eps=0.0, key_map=r'g=value\.weight,z=out\.weight,bn=bn\.weight,scale=gain')
-    assert record.trace == pytest.approx(6 * record.raw.trace)
+    assert record.raw and record.raw.trace is not None and record.trace == pytest.approx(6 * record.raw.trace)
 
 
 @pytest.mark.parametrize('text', ['g=a', 'a,b', 'g=(,z=b', 'g=a,z=b,g=c', 'g=a,z=b,x=c', ''])
-def test_key_maps_of_another_form(text):
+def test_key_maps_of_another_form(text: str) -> None:
     if text == 'g=a,z=b,x=c':  # x= belongs to the expression of z
         assert parse_key_map(text)['z'].pattern == 'b,x=c'
         return
@@ -214,7 +219,7 @@ def test_key_maps_of_another_form(text):
         parse_key_map(text)
 
 
-def test_near_pairs_prefer_names_that_sound_nonlocal():
+def test_near_pairs_prefer_names_that_sound_nonlocal() -> None:
     shapes = {'layer1.conv1.weight': (4, 8, 1, 1), 'layer1.conv3.weight': (8, 4, 1, 1),
               'attention.down.weight': (4, 8), 'attention.up.weight': (8, 4), 'fc.weight': (10, 8)}
     assert near(shapes)[0] == ('attention.down.weight', 'attention.up.weight')
@@ -223,16 +228,16 @@ def test_near_pairs_prefer_names_that_sound_nonlocal():
 
 @pytest.mark.parametrize('name', ['t{}.weight', 'block{}.conv.weight', 'blocks.g.{}.weight', 'net.{}.z.weight'])
 @pytest.mark.parametrize('key_map', [None, 'g=o.weight,z=t.weight'])
-def test_time_is_linear_in_the_number_of_tensors(name, key_map):
+def test_time_is_linear_in_the_number_of_tensors(name: str, key_map: str | None) -> None:
     shapes = {name.format(number): ((4, 8), (8, 4))[number % 2] for number in range(12_000)}
     start = time.perf_counter()
-    assert find(shapes, key_map and parse_key_map(key_map)).blocks == [] and len(near(shapes)) in (0, 3)
+    assert find(shapes, parse_key_map(key_map) if key_map else None).blocks == [] and len(near(shapes)) in (0, 3)
     assert time.perf_counter() - start < 5  # it took 50 s
 
 
-def test_batch_norm_eps_is_the_modules_own():
+def test_batch_norm_eps_is_the_modules_own() -> None:
     module = randomised(NonLocalAttn(16, rd_ratio=1 / 2, rd_divisor=2))
-    module.norm.eps = 0.5
+    module.get_submodule('norm').eps = 0.5  # type: ignore[assignment]
     expected = operator(module, 16, 2).trace().item()
     assert spectrum(module)[0].trace == pytest.approx(expected, abs=1e-4)
     assert spectrum(module.state_dict(), eps=0.5)[0].trace == pytest.approx(expected, abs=1e-4)

@@ -1,6 +1,9 @@
 """Reading from the Hub over loopback: what is read, how much of it, and every way in which the server can fail."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -8,18 +11,18 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.support.range_server import COMMITS, pad, serving
+from tests.support.range_server import COMMITS, RangeServer, pad, serving
 from tests.support.shards import in_shards
-from timm_nonlocal.analysis.spectra import measure, spectrum
+from timm_nonlocal.analysis.spectra import Spectrum, measure, spectrum
 from timm_nonlocal.checkpoints.layouts import find
-from timm_nonlocal.checkpoints.targets import CheckpointError, Options, open_target
+from timm_nonlocal.checkpoints.targets import CheckpointError, Options, Source, open_target
 from timm_nonlocal.checkpoints.tensorfile import HubError, UnsafePickleError
 
 NAME = 'model.safetensors'
 
 
 @pytest.fixture
-def hub_env(monkeypatch, tmp_path):
+def hub_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The Hub client as it is outside these tests, with a cache of its own."""
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
@@ -27,7 +30,7 @@ def hub_env(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def weights(tmp_path):
+def weights(tmp_path: Path) -> dict[str, dict[str, Path]]:
     """Four blocks in a file of about 100 MB, as trained in two different runs."""
     folders = {}
     for commit in COMMITS:
@@ -42,18 +45,18 @@ def weights(tmp_path):
 
 
 @pytest.fixture
-def hub(hub_env, weights, monkeypatch):
+def hub(hub_env: None, weights: dict[str, dict[str, Path]], monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
     with serving(files=weights) as server:
         monkeypatch.setenv('HF_ENDPOINT', server.address)
         yield server
 
 
-def spectra_of(source):
+def spectra_of(source: Source) -> list[Spectrum]:
     blocks = find(source.tensors.shapes).blocks
     return [measure(block, source.tensors.read(block.names)) for block in blocks]
 
 
-def read(target='user/repo', **options):
+def read(target: str = 'user/repo', **options: Any) -> tuple[Source, list[Spectrum]]:
     """The source, with the tensors of all its blocks read at once as the command does, and their spectra."""
     source = open_target(target, Options(**options))
     blocks = find(source.tensors.shapes).blocks
@@ -61,7 +64,7 @@ def read(target='user/repo', **options):
     return source, [measure(block, tensors) for block in blocks]
 
 
-def test_two_requests_and_under_200_kb_of_100_mb(hub, weights):
+def test_two_requests_and_under_200_kb_of_100_mb(hub: RangeServer, weights: dict[str, dict[str, Path]]) -> None:
     source, records = read()
     assert [record.index for record in records] == [0, 1, 2, 3]
     assert records == spectra_of(open_target(str(weights[COMMITS[0]][NAME])))  # the same bits as a local read
@@ -69,36 +72,37 @@ def test_two_requests_and_under_200_kb_of_100_mb(hub, weights):
     tensors = source.tensors
     assert (tensors.mode, tensors.bytes_read) == ('range', hub.sent)
     assert tensors.bytes_total == weights[COMMITS[0]][NAME].stat().st_size > 99_000_000
-    assert (source.repo.commit, source.repo.sha256) == (COMMITS[0], 'a' * 64)
+    assert source.repo and (source.repo.commit, source.repo.sha256) == (COMMITS[0], 'a' * 64)
     assert f'range: {hub.sent / 1e3:.0f} kB of 100 MB' in source.label and 'user/repo @ aaaaaaaa' in source.label
     assert [request.authorization for request in hub.requests] == ['Bearer hf_of_these_tests'] * 2
 
 
-def test_later_requests_are_of_the_first_ones_commit(hub, weights):
+def test_later_requests_are_of_the_first_ones_commit(hub: RangeServer, weights: dict[str, dict[str, Path]]) -> None:
     hub.move_after = 1  # main moves between the header and the tensors
     source, records = read()
     assert f'/resolve/{COMMITS[0]}/' in hub.requests[1].path
-    assert source.repo.commit == COMMITS[0]
+    assert source.repo and source.repo.commit == COMMITS[0]
     assert records == spectra_of(open_target(str(weights[COMMITS[0]][NAME])))
 
 
-def test_a_server_that_changes_commit_half_way_is_noticed(hub):
+def test_a_server_that_changes_commit_half_way_is_noticed(hub: RangeServer) -> None:
     hub.move_after, hub.forget_commits = 1, True
     with pytest.raises(CheckpointError, match='went from commit aaaaaaaa to bbbbbbbb while it was read'):
         read()
 
 
-def test_redirect_to_a_storage_elsewhere(hub, weights):
+def test_redirect_to_a_storage_elsewhere(hub: RangeServer, weights: dict[str, dict[str, Path]]) -> None:
     with serving(files=weights) as storage:
         hub.redirect = storage
         source, records = read()
         assert records == spectra_of(open_target(str(weights[COMMITS[0]][NAME])))
-        assert (source.repo.commit, source.repo.sha256) == (COMMITS[0], 'a' * 64)
+        assert source.repo and (source.repo.commit, source.repo.sha256) == (COMMITS[0], 'a' * 64)
         assert [request.status for request in hub.requests + storage.requests] == [302, 302, 206, 206]
         assert storage.sent < 200_000 and all(request.range for request in storage.requests)
 
 
-def test_a_storage_that_changes_half_way_is_noticed(hub, weights, tmp_path):
+def test_a_storage_that_changes_half_way_is_noticed(hub: RangeServer, weights: dict[str, dict[str, Path]],
+                                                    tmp_path: Path) -> None:
     other = {commit: {NAME: tmp_path / f'{commit[:4]}.other'} for commit in weights}
     for commit in weights:
         other[commit][NAME].write_bytes(weights[commit][NAME].read_bytes()[:50_000_000])
@@ -110,7 +114,8 @@ def test_a_storage_that_changes_half_way_is_noticed(hub, weights, tmp_path):
             source.tensors.read([name for block in find(source.tensors.shapes).blocks for name in block.names])
 
 
-def test_a_server_that_ignores_ranges(hub, weights, capsys):
+def test_a_server_that_ignores_ranges(hub: RangeServer, weights: dict[str, dict[str, Path]],
+                                      capsys: pytest.CaptureFixture[str]) -> None:
     hub.ignore_range = True
     for commit in weights:  # small enough to be sent whole
         save_file(timm.create_model('preresnet20_nl_proposed_k1').state_dict(), weights[commit][NAME])
@@ -122,10 +127,10 @@ def test_a_server_that_ignores_ranges(hub, weights, capsys):
     count = len(hub.requests)
     assert read()[0].tensors.mode == 'cache' and len(hub.requests) == count
     source, again = read(offline=True)
-    assert (source.tensors.mode, source.repo.commit, again) == ('cache', COMMITS[0], records)
+    assert source.repo and (source.tensors.mode, source.repo.commit, again) == ('cache', COMMITS[0], records)
 
 
-def test_whole_download_when_asked(hub, weights):
+def test_whole_download_when_asked(hub: RangeServer, weights: dict[str, dict[str, Path]]) -> None:
     for commit in weights:
         save_file(timm.create_model('preresnet20_nl_proposed_k1').state_dict(), weights[commit][NAME])
     source, _ = read(remote='download')
@@ -133,7 +138,7 @@ def test_whole_download_when_asked(hub, weights):
     assert source.tensors.bytes_read == source.tensors.bytes_total == weights[COMMITS[0]][NAME].stat().st_size
 
 
-def test_revision_and_addresses_of_a_repository(hub, weights):
+def test_revision_and_addresses_of_a_repository(hub: RangeServer, weights: dict[str, dict[str, Path]]) -> None:
     expected = spectra_of(open_target(str(weights[COMMITS[1]][NAME])))
     for target in (f'user/repo@{COMMITS[1]}', f'hf-hub:user/repo@{COMMITS[1]}', f'hf://user/repo@{COMMITS[1]}'):
         assert read(target)[1] == expected
@@ -149,10 +154,10 @@ def test_revision_and_addresses_of_a_repository(hub, weights):
     ('https://huggingface.co/user/repo/blob/refs/pr/12/model.safetensors', 'refs/pr/12'),
     ('https://huggingface.co/user/repo/tree/feature%2Fx/', 'feature/x'),
 ])
-def test_revisions_with_a_slash(hub, weights, target, ref):
+def test_revisions_with_a_slash(hub: RangeServer, weights: dict[str, dict[str, Path]], target: str, ref: str) -> None:
     hub.refs = {ref: COMMITS[1]}
     source, records = read(target)
-    assert (source.repo.revision, source.repo.commit) == (ref, COMMITS[1])
+    assert source.repo and (source.repo.revision, source.repo.commit) == (ref, COMMITS[1])
     assert records == spectra_of(open_target(str(weights[COMMITS[1]][NAME])))
 
 
@@ -163,20 +168,20 @@ def test_revisions_with_a_slash(hub, weights, target, ref):
     ((429, ''), HubError, 'the Hub refuses'),
     ((500, ''), HubError, 'the Hub refuses'),
 ])
-def test_the_hub_refuses(hub, refuse, kind, message):
+def test_the_hub_refuses(hub: RangeServer, refuse: tuple[int, str], kind: type[Exception], message: str) -> None:
     hub.refuse = refuse
     with pytest.raises(CheckpointError, match=message) as caught:
         read()
     assert type(caught.value) is kind and '\n' not in str(caught.value)
 
 
-def test_a_repository_without_weights(hub):
+def test_a_repository_without_weights(hub: RangeServer) -> None:
     hub.files = {commit: {} for commit in hub.files}
     with pytest.raises(CheckpointError, match='has no model.safetensors or model.safetensors.index.json or pytorch'):
         read()
 
 
-def test_nobody_answers(hub_env, monkeypatch):
+def test_nobody_answers(hub_env: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     with pytest.raises(HubError, match='cannot be reached'):
         read()
@@ -189,7 +194,7 @@ def test_nobody_answers(hub_env, monkeypatch):
 @pytest.mark.parametrize(('fault', 'message'), [
     ({'cut': 1}, 'came|cannot be reached'), ({'shift': 1}, 'the server offers'), ({'shift': -1}, 'the server offers'),
 ])
-def test_answers_that_do_not_fit_the_request(hub, fault, message):
+def test_answers_that_do_not_fit_the_request(hub: RangeServer, fault: dict[str, int], message: str) -> None:
     source = open_target('user/repo')
     for name, value in fault.items():
         setattr(hub, name, value)
@@ -198,16 +203,17 @@ def test_answers_that_do_not_fit_the_request(hub, fault, message):
 
 
 @pytest.mark.parametrize('content', [b'', b'\x02', b'\xff' * 8 + b'{}', (10).to_bytes(8, 'little') + b'{"a"'])
-def test_remote_files_that_are_no_safetensors(hub, tmp_path, content):
+def test_remote_files_that_are_no_safetensors(hub: RangeServer, tmp_path: Path, content: bytes) -> None:
     (tmp_path / 'bad').write_bytes(content)
     hub.files = {COMMITS[0]: {NAME: tmp_path / 'bad'}}
     with pytest.raises(CheckpointError, match='not a readable safetensors file|empty or truncated'):
         read()
 
 
-def test_shards_are_opened_only_where_a_block_is(hub, tmp_path):
+def test_shards_are_opened_only_where_a_block_is(hub: RangeServer, tmp_path: Path) -> None:
     model = timm.create_model('preresnet20_nl_proposed_k2')
-    state, shards = model.state_dict(), {}
+    state = model.state_dict()
+    shards: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         shards.setdefault('1.safetensors' if '.nl.' in name else '2.safetensors', {})[name] = tensor
     for name, tensors in shards.items():
@@ -225,7 +231,7 @@ def test_shards_are_opened_only_where_a_block_is(hub, tmp_path):
 @pytest.mark.parametrize('target', ['user/repo', 'https://huggingface.co/user/repo/blob/main/sub/fol/{}',
                                     'https://huggingface.co/user/repo/tree/main/sub/fol'])
 @pytest.mark.parametrize('index', ['model.safetensors.index.json', 'pytorch_model.bin.index.json'])
-def test_shards_beside_an_index_in_a_subfolder(hub, tmp_path, index, target):
+def test_shards_beside_an_index_in_a_subfolder(hub: RangeServer, tmp_path: Path, index: str, target: str) -> None:
     model = timm.create_model('preresnet20_nl_proposed_k2')
     hub.files = {COMMITS[0]: {f'sub/fol/{path.name}': path for path in in_shards(model.state_dict(), tmp_path, index)}}
     source, records = read(target.format(index), file=None if ':' in target else f'sub/fol/{index}', allow_pickle=True)
@@ -233,7 +239,7 @@ def test_shards_beside_an_index_in_a_subfolder(hub, tmp_path, index, target):
     assert source.state_dict().keys() == model.state_dict().keys()
 
 
-def test_pickled_shards_are_found_and_fetched_only_when_allowed(hub, tmp_path):
+def test_pickled_shards_are_found_and_fetched_only_when_allowed(hub: RangeServer, tmp_path: Path) -> None:
     model = timm.create_model('preresnet20_nl_proposed_k2')
     files = {path.name: path for path in in_shards(model.state_dict(), tmp_path, 'pytorch_model.bin.index.json')}
     hub.files = {COMMITS[0]: files}
@@ -242,16 +248,16 @@ def test_pickled_shards_are_found_and_fetched_only_when_allowed(hub, tmp_path):
     assert read(allow_pickle=True)[1] == spectrum(model)
 
 
-def test_a_branch_with_a_slash_is_found_in_the_cache(hub, weights):
+def test_a_branch_with_a_slash_is_found_in_the_cache(hub: RangeServer, weights: dict[str, dict[str, Path]]) -> None:
     for commit in weights:
         save_file(timm.create_model('preresnet20_nl_proposed_k1').state_dict(), weights[commit][NAME])
     hub.refs = {'refs/pr/1': COMMITS[1]}
     _, records = read('user/repo@refs/pr/1', remote='download')
     source, again = read('user/repo@refs/pr/1', offline=True)
-    assert (source.tensors.mode, source.repo.commit, again) == ('cache', COMMITS[1], records)
+    assert source.repo and (source.tensors.mode, source.repo.commit, again) == ('cache', COMMITS[1], records)
 
 
-def test_a_shard_that_is_missing(hub, tmp_path):
+def test_a_shard_that_is_missing(hub: RangeServer, tmp_path: Path) -> None:
     state = timm.create_model('preresnet20_nl_proposed_k2').state_dict()
     files = {path.name: path for path in in_shards(state, tmp_path, 'model.safetensors.index.json')}
     del files['1.safetensors']
@@ -260,7 +266,7 @@ def test_a_shard_that_is_missing(hub, tmp_path):
         read()
 
 
-def test_a_pickle_is_fetched_only_when_allowed(hub, tmp_path):
+def test_a_pickle_is_fetched_only_when_allowed(hub: RangeServer, tmp_path: Path) -> None:
     model = timm.create_model('preresnet20_nl_proposed_k1')
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'pickle')
     hub.files = {COMMITS[0]: {'pytorch_model.bin': tmp_path / 'pickle'}}
@@ -271,7 +277,8 @@ def test_a_pickle_is_fetched_only_when_allowed(hub, tmp_path):
     assert source.format == 'pickle' and records == spectrum(model)
 
 
-def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     from timm_nonlocal.checkpoints.remote import Progress
     progress = Progress('user/repo/model.safetensors', 3_000_000, after=-1)
     progress.last -= 1

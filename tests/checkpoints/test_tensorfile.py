@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import struct
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +66,7 @@ def attempt(data: bytes) -> bool:
 
 
 @pytest.mark.parametrize('first', [8, 64, 100_001])
-def test_reads_what_safetensors_wrote(first):
+def test_reads_what_safetensors_wrote(first: int) -> None:
     file = ranged(GOOD, first)
     assert file.shapes == {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
     for name, tensor in file.read(TENSORS).items():
@@ -72,12 +74,12 @@ def test_reads_what_safetensors_wrote(first):
     assert file.bytes_read <= 2 * len(GOOD)
 
 
-def header(fields, body=b'', length=None) -> bytes:
+def header(fields: object, body: bytes = b'', length: int | None = None) -> bytes:
     text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
     return struct.pack('<Q', len(text) if length is None else length) + text + body
 
 
-def one(**changes) -> bytes:
+def one(**changes: object) -> bytes:
     """A file with one tensor of four bytes, described with changes."""
     return header({'x': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4], **changes}}, b'\0' * 4)
 
@@ -115,7 +117,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize('name', HOSTILE)
-def test_hostile_files(name, tmp_path):
+def test_hostile_files(name: str, tmp_path: Path) -> None:
     data, message = HOSTILE[name]
     with pytest.raises(CheckpointError, match=message):
         ranged(data)
@@ -125,14 +127,14 @@ def test_hostile_files(name, tmp_path):
         LocalFile(tmp_path / 'file.safetensors')
 
 
-def test_a_name_that_stands_twice_is_refused():
+def test_a_name_that_stands_twice_is_refused() -> None:
     """safetensors takes one of the two; which one is not ours to guess."""
     entry = b'"x":{"dtype":"U8","shape":[],"data_offsets":[0,1]}'
     with pytest.raises(CheckpointError, match='stands in its header twice'):
         ranged(header(b'{' + entry + b',' + entry + b'}', b'\0'))
 
 
-def test_a_dtype_that_is_new_stops_only_who_reads_it():
+def test_a_dtype_that_is_new_stops_only_who_reads_it() -> None:
     file = ranged(header({'x': {'dtype': 'F2', 'shape': [16], 'data_offsets': [0, 4]},
                           'y': {'dtype': 'U8', 'shape': [2], 'data_offsets': [4, 6]}}, b'\0\0\0\0\1\2'))
     assert file.read(['y'])['y'].tolist() == [1, 2]
@@ -140,7 +142,7 @@ def test_a_dtype_that_is_new_stops_only_who_reads_it():
         file.read(['x'])
 
 
-def test_a_file_that_ends_before_its_tensors():
+def test_a_file_that_ends_before_its_tensors() -> None:
     data = bytearray(GOOD)
     file = RangedFile('file', lambda begin, end: bytes(data[begin:end]), lambda: len(GOOD), 64)
     del data[-40:]
@@ -150,7 +152,7 @@ def test_a_file_that_ends_before_its_tensors():
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.binary(max_size=200))
-def test_any_bytes(data):
+def test_any_bytes(data: bytes) -> None:
     attempt(data)
     attempt(struct.pack('<Q', max(len(data) - 8, 0)) + data[8:])
 
@@ -167,11 +169,11 @@ entries = st.fixed_dictionaries({
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.dictionaries(st.sampled_from(['a', 'b', '__metadata__']), entries | json_values, max_size=3),
        st.binary(max_size=40))
-def test_any_header(fields, body):
+def test_any_header(fields: dict[str, Any], body: bytes) -> None:
     attempt(header(fields, body))
 
 
-def test_damaged_files():
+def test_damaged_files() -> None:
     """Bytes of a good file changed, dropped and doubled, from a fixed seed; some remain readable, none goes wrong."""
     generator, read = random.Random(0), 0
     for _ in range(2_000):
@@ -191,19 +193,19 @@ def test_damaged_files():
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 10 ** 6), st.integers(0, 10 ** 5)), max_size=12))
-def test_spans_cover_and_are_apart(places):
+def test_spans_cover_and_are_apart(places: list[tuple[int, int]]) -> None:
     merged = spans(Entry('U8', (length,), begin, begin + length) for begin, length in places)
     assert all(any(start <= begin and begin + length <= end for start, end in merged) for begin, length in places)
     assert all(later[0] - earlier[1] > GAP for earlier, later in itertools.pairwise(merged))
 
 
-def test_shards(tmp_path):
+def test_shards(tmp_path: Path) -> None:
     (tmp_path / '1.safetensors').write_bytes(save({'a': torch.ones(2), 'b': torch.zeros(3)}))
     (tmp_path / '2.safetensors').write_bytes(save({'c': torch.full((4,), 2.0)}))
     weight_map = {'a': '1.safetensors', 'b': '1.safetensors', 'c': '2.safetensors', 'd': 'missing.safetensors'}
     opened = []
 
-    def open_shard(name):
+    def open_shard(name: str) -> LocalFile:
         opened.append(name)
         return LocalFile(tmp_path / name)
 
@@ -217,7 +219,7 @@ def test_shards(tmp_path):
 @pytest.mark.parametrize('index', ['', '[]', '{}', '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '[' * 100_000,
                                    *(json.dumps({'weight_map': {'a': name}}) for name in (
                                        '../x.safetensors', '/etc/x.safetensors', 'a/b', 'C:x', '..\\x', '', '..'))])
-def test_indexes_that_are_none_or_point_elsewhere(index):
+def test_indexes_that_are_none_or_point_elsewhere(index: str) -> None:
     with pytest.raises(CheckpointError, match='is not an index of shards|does not lie beside it'):
         ShardedFile('index', index, lambda names: names, pytest.fail)
 

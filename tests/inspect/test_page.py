@@ -2,9 +2,11 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from tests.support.one_line import fails
+from tests.support.one_line import Command, fails
 from timm_nonlocal import NonlocalBlock
 from timm_nonlocal.analysis.recorder import rows
 from timm_nonlocal.inspect.report import COLUMNS, number
@@ -25,13 +27,16 @@ CHROMIUM = Path('/usr/bin/chromium')
 class Page(HTMLParser):
     """What a test asks of a page: its elements, the text of its cells, and everything that could be fetched."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags, self.cells, self.attributes, self.text = [], {}, [], ''
-        self.cell = None
+        self.tags: list[str] = []
+        self.cells: dict[tuple[str | None, str | None], list[str]] = {}
+        self.attributes: list[tuple[str, dict[str, Any]]] = []
+        self.text = ''
+        self.cell: tuple[str | None, str | None] | None = None
         self.feed(text)
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         found = dict(attributes)
         self.tags.append(tag)
         self.attributes.append((tag, found))
@@ -39,20 +44,20 @@ class Page(HTMLParser):
             self.cell = (found['data-field'], found.get('data-block'))
             self.cells.setdefault(self.cell, [])
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         self.cell = None if tag == 'td' else self.cell
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         self.text += data
         if self.cell:
             self.cells[self.cell].append(data.strip())
 
-    def number(self, field, block=None):
+    def number(self, field: str, block: str | None = None) -> float:
         (text,) = self.cells[field, block]
         return float(text.replace('−', '-'))
 
     @property
-    def fetched(self):
+    def fetched(self) -> list[str]:
         """Addresses that are neither inside the page nor data."""
         return [value for tag, found in self.attributes for name, value in found.items()
                 if name in ('src', 'href', 'xlink:href', 'srcset', 'data', 'action', 'poster')
@@ -60,15 +65,16 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def runs(tmp_path):
+def runs(tmp_path: Path) -> list[Path]:
     """Two networks in folders, with modules where A is small: four sub-blocks in two stages, and two blocks."""
     for name in ('preresnet20_nl_proposed_k2', 'preresnet20_nl_original_k1'):
-        save_for_hf(timm.create_model(name, nl_stages=(2, 3)), tmp_path / name, safe_serialization=True,
+        save_for_hf(timm.create_model(name, nl_stages=(2, 3)), str(tmp_path / name), safe_serialization=True,
                     model_args={'nl_stages': (2, 3)})
     return sorted(tmp_path.iterdir(), reverse=True)
 
 
-def test_numbers_are_those_of_the_json(inspect, runs, small_cifar_here, tmp_path):
+def test_numbers_are_those_of_the_json(inspect: Command, runs: list[Path], small_cifar_here: Path,
+                                       tmp_path: Path) -> None:
     path = tmp_path / 'page.html'
     code, out, err = inspect(*runs, '--data-dir', small_cifar_here, '--num-images', 1, '--check', 'neg_top<3', '--json',
                              '--html', path)
@@ -101,7 +107,7 @@ def test_numbers_are_those_of_the_json(inspect, runs, small_cifar_here, tmp_path
     assert len(ids) == len(set(ids))
 
 
-def test_without_stability_and_images_there_is_less(inspect, runs, tmp_path):
+def test_without_stability_and_images_there_is_less(inspect: Command, runs: list[Path], tmp_path: Path) -> None:
     assert inspect(runs[1], '--html', tmp_path / 'page.html', '-q')[0] == 0
     page = Page((tmp_path / 'page.html').read_text())
     assert page.tags.count('svg') == 2 and 'img' not in page.tags and 'CFL' not in page.text
@@ -111,7 +117,7 @@ def test_without_stability_and_images_there_is_less(inspect, runs, tmp_path):
     assert (tmp_path / 'page.html').read_bytes() == before and not list(tmp_path.glob('.*'))
 
 
-def test_names_are_text(inspect, tmp_path):
+def test_names_are_text(inspect: Command, tmp_path: Path) -> None:
     name = '<script>alert(1)</script>\033[31m\u202e"&'
     save_file({f'{name}.{part}.weight': torch.randn(*shape) for part, shape in (
         ('theta', (3, 6)), ('g', (3, 6)), ('z', (6, 3)))}, tmp_path / 'x.safetensors')
@@ -124,8 +130,8 @@ def test_names_are_text(inspect, tmp_path):
     assert "default-src 'none'" in text
 
 
-def test_blocks_that_are_not_finite_and_many(inspect, tmp_path):
-    model = timm.create_model('preresnet20_nl_proposed_k2')
+def test_blocks_that_are_not_finite_and_many(inspect: Command, tmp_path: Path) -> None:
+    model: Any = timm.create_model('preresnet20_nl_proposed_k2')
     model.layer1.nl.sub_blocks[0].g.weight.data.fill_(float('nan'))
     save_file(model.state_dict(), tmp_path / 'x.safetensors')
     assert inspect(*[tmp_path / 'x.safetensors'] * 8, '--stability', '--html', tmp_path / 'page.html', '-q')[0] == 1
@@ -134,7 +140,8 @@ def test_blocks_that_are_not_finite_and_many(inspect, tmp_path):
     assert page.tags.count('table') == 2 and 'not finite' in page.text  # 12 blocks side by side at most
 
 
-def test_a_page_that_cannot_be_made(inspect, runs, tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_made(inspect: Command, runs: list[Path], tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = inspect(runs[0], '--html', tmp_path / 'page.txt')
     assert (code, out) == (2, '') and 'name a file that ends in .html' in err
     code, _, err = inspect(runs[0], '--html', tmp_path / 'missing' / 'page.html', '-q')
@@ -149,8 +156,8 @@ def test_a_page_that_cannot_be_made(inspect, runs, tmp_path, monkeypatch):
     assert code == 2 and "--html needs matplotlib: pip install 'timm_nonlocal[plot]'" in err
 
 
-def test_rows_are_those_of_a():
-    blocks = torch.nn.Sequential(NonlocalBlock(4), NonlocalBlock(4)).eval()
+def test_rows_are_those_of_a() -> None:
+    blocks: Any = torch.nn.Sequential(NonlocalBlock(4), NonlocalBlock(4)).eval()
     x = torch.randn(2, 4, 5, 3)
     found = rows(blocks, x, [(0, 0), (0.5, 0.5), (0.99, 0.99)])
     for name, image in (('0', x), ('1', blocks[0](x))):
@@ -159,14 +166,14 @@ def test_rows_are_those_of_a():
 
 
 @contextmanager
-def opened(path, width, scheme):
+def opened(path: Path, width: int, scheme: str) -> Iterator[tuple[Any, list[str], list[str]]]:
     """The page in a browser, the addresses it asks for (answered is itself alone), and what the console says."""
     playwright = pytest.importorskip('playwright.sync_api', reason='no playwright: pip install playwright')
     if not CHROMIUM.is_file():
         pytest.skip(f'no {CHROMIUM}')
     requests, complaints = [], []
 
-    def answer(route):
+    def answer(route: Any) -> None:
         requests.append(route.request.url)
         route.continue_() if route.request.url == path.as_uri() else route.abort()
 
@@ -184,7 +191,8 @@ def opened(path, width, scheme):
 @pytest.mark.slow
 @pytest.mark.parametrize(('width', 'scheme'), [(1280, 'light'), (390, 'dark')])
 @pytest.mark.parametrize('watched', ['--data-dir', '--images', '--stability'])
-def test_a_browser_shows_it_and_fetches_nothing(inspect, runs, small_cifar_here, tmp_path, watched, width, scheme):
+def test_a_browser_shows_it_and_fetches_nothing(inspect: Command, runs: list[Path], small_cifar_here: Path,
+                                                tmp_path: Path, watched: str, width: int, scheme: str) -> None:
     (tmp_path / 'pictures').mkdir()
     for name in 'ab':
         Image.effect_noise((300, 200), 90).convert('RGB').save(tmp_path / 'pictures' / f'{name}.png')

@@ -1,5 +1,7 @@
 """Images for a look inside: prepared as for training, and one clear line where they are not there."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 from timm_nonlocal.inspect import pictures
 
 
-def test_cifar_images_are_those_of_training(small_cifar_here):
+def test_cifar_images_are_those_of_training(small_cifar_here: Path) -> None:
     from torchvision.datasets import CIFAR10
     images, labels = pictures.cifar(str(small_cifar_here), 10, 7)
     train, test = (CIFAR10(small_cifar_here, train=flag) for flag in (True, False))
@@ -18,7 +20,7 @@ def test_cifar_images_are_those_of_training(small_cifar_here):
     assert labels.tolist() == test.targets[:7]
 
 
-def test_pictures_that_are_not_there(tmp_path):
+def test_pictures_that_are_not_there(tmp_path: Path) -> None:
     model = timm.create_model('preresnet20')
     with pytest.raises(ValueError, match='holds no picture'):
         pictures.folder(str(tmp_path), model, 3)
@@ -31,7 +33,7 @@ def test_pictures_that_are_not_there(tmp_path):
         pictures.cifar(str(tmp_path), 7, 3)
 
 
-def test_a_folder_of_pictures(tmp_path):
+def test_a_folder_of_pictures(tmp_path: Path) -> None:
     (tmp_path / 'below').mkdir()
     for number, path in enumerate(('b.png', 'below/a.jpg', 'notes.txt')):
         Image.new('RGB', (48, 40), (number * 80, 0, 255)).save(tmp_path / path, 'PNG')
@@ -40,7 +42,7 @@ def test_a_folder_of_pictures(tmp_path):
 
 
 @pytest.mark.parametrize('channels', [1, 3])
-def test_pixels_are_the_pictures(tmp_path, channels):
+def test_pixels_are_the_pictures(tmp_path: Path, channels: int) -> None:
     colour = (90, 90, 90) if channels == 1 else (200, 30, 90)
     Image.new('RGB', (48, 40), colour).save(tmp_path / 'one.png')
     model = timm.create_model('preresnet20', in_chans=channels)
@@ -49,7 +51,7 @@ def test_pixels_are_the_pictures(tmp_path, channels):
     assert pixels.shape == (1, 32, 32, 3) and (pixels.int() - torch.tensor(colour)).abs().max() <= 1
 
 
-def test_pixels_of_cifar_are_its_own(small_cifar_here):
+def test_pixels_of_cifar_are_its_own(small_cifar_here: Path) -> None:
     from torchvision.datasets import CIFAR10
     images, _ = pictures.cifar(str(small_cifar_here), 10, 7)
     pixels = pictures.pixels(images, timm.create_model('preresnet20'), str(small_cifar_here))

@@ -3,6 +3,8 @@
 import json
 import re
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,11 +13,12 @@ from PIL import Image
 from timm.models import save_for_hf
 from torch import nn
 
+from tests.support.one_line import Command
 from timm_nonlocal import NonlocalStage
 from timm_nonlocal.analysis import recorder
 
 
-def grow(stage, x):
+def grow(stage: NonlocalStage, x: torch.Tensor) -> float:
     """The largest ratio of norms of any block on any of x (B, C, H, W), by eq. (8) and the kernel's own row sums."""
     ratios = []
     for image in x.double():
@@ -32,7 +35,7 @@ def grow(stage, x):
 
 @pytest.mark.parametrize('stable', [True, False])
 @torch.no_grad()
-def test_growth_is_the_largest_over_images_and_blocks(stable):
+def test_growth_is_the_largest_over_images_and_blocks(stable: bool) -> None:
     stage = NonlocalStage(8, 3, symmetric=True, stable=stable)
     if not stable:
         for block, factor in zip(stage.sub_blocks, (-0.2, 0.2, -0.01), strict=True):  # amplifies, diffuses, amplifies
@@ -43,24 +46,24 @@ def test_growth_is_the_largest_over_images_and_blocks(stable):
     assert found['growth'] <= 1 + 1e-9 if stable else found['growth'] > 1.001
 
 
-def test_a_rise_on_one_image_is_not_hidden_by_the_others():
+def test_a_rise_on_one_image_is_not_hidden_by_the_others() -> None:
     record = {'is_markov': True, 'track': {name: [1.0, 0.5] for name in ('dirichlet', 'variance', 'power')}}
     found = recorder._summary([{**record, 'growth': 0.7}, {**record, 'growth': 1.25}, {**record, 'growth': 0.6}])
     assert found['power'] == [1, 0.5] and found['growth'] == 1.25
 
 
 @pytest.fixture
-def stable(tmp_path):
-    arguments = {'nl_args': {'symmetric': True, 'stable': True}}
-    model = timm.create_model('preresnet20_nl_proposed_k2', **arguments)
-    save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=True)
+def stable(tmp_path: Path) -> Path:
+    arguments: dict[str, Any] = {'nl_args': {'symmetric': True, 'stable': True}}
+    model: Any = timm.create_model('preresnet20_nl_proposed_k2', **arguments)
+    save_for_hf(model, str(tmp_path), model_args=arguments, safe_serialization=True)
     for number in range(2):
         noise = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(tmp_path / f'{number}.png')
     return tmp_path
 
 
-def test_the_report_says_so_in_a_line(inspect, stable, monkeypatch):
+def test_the_report_says_so_in_a_line(inspect: Command, stable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = inspect(stable, '--images', stable, '-q')
     assert (code, err) == (0, '') and 'stable by construction' in out
     assert out.count('  ‖Zⁿ‖_π never rose on 2 images\n') == 1
@@ -72,7 +75,7 @@ def test_the_report_says_so_in_a_line(inspect, stable, monkeypatch):
     assert stage['images']['growth'] == 1.0325
 
 
-def test_other_stages_promise_nothing(inspect, tmp_path, stable):
-    save_for_hf(timm.create_model('preresnet20_nl_proposed_k2'), tmp_path / 'plain', safe_serialization=True)
+def test_other_stages_promise_nothing(inspect: Command, tmp_path: Path, stable: Path) -> None:
+    save_for_hf(timm.create_model('preresnet20_nl_proposed_k2'), str(tmp_path / 'plain'), safe_serialization=True)
     out = inspect(tmp_path / 'plain', '--images', stable, '-q')[1]
     assert 'predictions on 2 images' in out and not re.search('rose', out)

@@ -2,6 +2,8 @@
 
 import json
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -11,35 +13,36 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-from tests.support.one_line import fails
+from tests.support.one_line import Command, fails
 from tests.support.range_server import COMMITS, serving
 from timm_nonlocal import NonlocalBlocks, NonlocalStage, spectrum
+from timm_nonlocal.analysis.spectra import Spectrum
 
 ESCAPE = '\033]0;title\a\033[31m\u202e\n'
 
 
-def block(g=(3, 6), **others):
+def block(g: tuple[int, ...] = (3, 6), **others: Any) -> dict[str, torch.Tensor]:
     """A block in SlowFast's naming, with what is said to stand beside it."""
     return {'b.conv_g.weight': torch.randn(*g), 'b.conv_out.weight': torch.randn(6, 3),
             **{f'b.{name.replace("__", ".")}': tensor for name, tensor in others.items()}}
 
 
-def stages(out):
+def stages(out: str) -> list[dict[str, Any]]:
     return [stage for target in json.loads(out)['targets'] for stage in target['stages']]
 
 
 # eq. (1) or eq. (8), where no θ tells
 
-def gaussian(name='preresnet20_nl_proposed_k2', **nl_args):
+def gaussian(name: str = 'preresnet20_nl_proposed_k2', **nl_args: Any) -> tuple[Any, dict[str, Any]]:
     nl_args = {'affinity': 'gaussian', **nl_args}
     return timm.create_model(name, nl_args=nl_args), {'nl_args': nl_args}
 
 
 @pytest.mark.parametrize(('name', 'expected'), [
     ('preresnet20_nl_proposed_k2', 'proposed'), ('preresnet20_nl_original_k2', 'original')])
-def test_a_config_tells_the_formulation(inspect, tmp_path, name, expected):
+def test_a_config_tells_the_formulation(inspect: Command, tmp_path: Path, name: str, expected: str) -> None:
     model, args = gaussian(name)
-    save_for_hf(model, tmp_path / 'run', safe_serialization=True, model_args=args)
+    save_for_hf(model, str(tmp_path / 'run'), safe_serialization=True, model_args=args)
     for target in (tmp_path / 'run', tmp_path / 'run' / 'model.safetensors'):
         code, out, err = inspect(target, '--stability', '--json')
         (stage,) = stages(out)
@@ -59,17 +62,19 @@ def test_a_config_tells_the_formulation(inspect, tmp_path, name, expected):
     ({'architecture': ['preresnet20'], 'model_args': 3}, 'unknown'), (3, 'unknown'),
     ({'architecture': 'preresnet20', 'model_args': {'nl': {}, 'nl_args': []}}, 'unknown'),
 ])
-def test_arguments_of_the_network_come_before_its_name(inspect, tmp_path, config, expected):
+def test_arguments_of_the_network_come_before_its_name(inspect: Command, tmp_path: Path, config: object,
+                                                       expected: str) -> None:
     save_file(NonlocalStage(8, k=2, affinity='gaussian').state_dict(), tmp_path / 'model.safetensors')
     (tmp_path / 'config.json').write_text(json.dumps(config))
     assert stages(inspect(tmp_path, '--json')[1])[0]['formulation'] == expected
 
 
-def test_a_config_on_the_hub_is_read_where_the_weights_do_not_tell(inspect, tmp_path, monkeypatch):
+def test_a_config_on_the_hub_is_read_where_the_weights_do_not_tell(inspect: Command, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
     model, args = gaussian()
-    save_for_hf(model, tmp_path / 'run', safe_serialization=True, model_args=args)
+    save_for_hf(model, str(tmp_path / 'run'), safe_serialization=True, model_args=args)
     files = {name: tmp_path / 'run' / name for name in ('model.safetensors', 'config.json')}
     with serving(files={COMMITS[0]: files}) as hub:
         monkeypatch.setenv('HF_ENDPOINT', hub.address)
@@ -81,7 +86,8 @@ def test_a_config_on_the_hub_is_read_where_the_weights_do_not_tell(inspect, tmp_
 
 @pytest.mark.parametrize(('module', 'expected'), [(NonlocalStage, 'proposed'), (NonlocalBlocks, 'original')])
 @pytest.mark.parametrize('affinity', ['gaussian', 'uniform'])
-def test_a_module_tells_the_formulation(module, expected, affinity):
+def test_a_module_tells_the_formulation(module: type[NonlocalBlocks] | type[NonlocalStage], expected: str,
+                                        affinity: str) -> None:
     block = module(8, k=2, affinity=affinity)
     other = {'proposed': NonlocalBlocks, 'original': NonlocalStage}[expected](8, k=1, affinity=affinity)
     for net in (block, torch.nn.ModuleDict({'n': other, 'nl': torch.nn.DataParallel(block)})):
@@ -96,7 +102,8 @@ def test_a_module_tells_the_formulation(module, expected, affinity):
     {'norm__weight': torch.ones(6), 'norm__running_var': torch.ones(6, 6)},
     {'norm__weight': torch.ones(6, 1), 'norm__running_var': torch.ones(6)},
 ])
-def test_a_norm_of_odd_shape_is_not_folded_and_that_is_said(inspect, weights, tmp_path, norm):
+def test_a_norm_of_odd_shape_is_not_folded_and_that_is_said(inspect: Command, weights: tuple[Path, list[Spectrum]],
+                                                            tmp_path: Path, norm: dict[str, Any]) -> None:
     tensors = block(**{name: 2 * tensor for name, tensor in norm.items()})
     save_file(tensors, tmp_path / 'odd.safetensors')
     code, out, err = inspect(tmp_path / 'odd.safetensors', weights[0], '--json')
@@ -106,7 +113,7 @@ def test_a_norm_of_odd_shape_is_not_folded_and_that_is_said(inspect, weights, tm
     assert not odd['blocks'][0]['folded'] and odd['blocks'][0]['trace'] == pytest.approx(trace, rel=1e-5)
 
 
-def test_sparse_tensors_are_their_values(inspect, tmp_path):
+def test_sparse_tensors_are_their_values(inspect: Command, tmp_path: Path) -> None:
     tensors = block()
     torch.save(tensors, tmp_path / 'dense.pth')
     expected = stages(inspect(tmp_path / 'dense.pth', '--json')[1])
@@ -115,7 +122,8 @@ def test_sparse_tensors_are_their_values(inspect, tmp_path):
         assert stages(inspect(tmp_path / 'sparse.pth', '--json')[1]) == expected
 
 
-def test_every_target_is_read_by_itself(inspect, weights, tmp_path, monkeypatch):
+def test_every_target_is_read_by_itself(inspect: Command, weights: tuple[Path, list[Spectrum]], tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({name: tensor.to('meta') for name, tensor in block().items()}, tmp_path / 'meta.pth')
     save_file({'cell.gweight': torch.ones(3, 6), 'cell.zweight': torch.ones(6, 3)}, tmp_path / 'cell.safetensors')
     save_file({'b.g.weight_orig': torch.randn(3, 6), 'b.g.weight_u': torch.randn(4), 'b.g.weight_v': torch.randn(6),
@@ -126,16 +134,17 @@ def test_every_target_is_read_by_itself(inspect, weights, tmp_path, monkeypatch)
     meta, cell, vector = (line for line in err.splitlines() if line.startswith('error'))
     assert 'meta.pth: b.conv_g.weight is on the meta device' in meta
     assert 'cell.safetensors has no nonlocal block' in cell and 'u.safetensors has no nonlocal block' in vector
-    monkeypatch.setattr('timm_nonlocal.inspect.command.measure', lambda *_: {}['what nobody\nthought of'])
+    nothing: dict[str, None] = {}
+    monkeypatch.setattr('timm_nonlocal.inspect.command.measure', lambda *_: nothing['what nobody\nthought of'])
     fails(inspect, 3, "model.safetensors: KeyError: 'what nobody\\nthought of'", weights[0])
 
 
 # images
 
 @pytest.mark.parametrize('channels', [1, 4])
-def test_pictures_for_networks_of_other_channels(inspect, tmp_path, channels):
+def test_pictures_for_networks_of_other_channels(inspect: Command, tmp_path: Path, channels: int) -> None:
     model = timm.create_model('preresnet20_nl_proposed_k1', in_chans=channels)
-    save_for_hf(model, tmp_path / 'run', model_args={'in_chans': channels}, safe_serialization=True)
+    save_for_hf(model, str(tmp_path / 'run'), model_args={'in_chans': channels}, safe_serialization=True)
     (tmp_path / 'pictures').mkdir()
     Image.new('RGB', (40, 40), (200, 30, 90)).save(tmp_path / 'pictures' / 'one.png')
     arguments = (tmp_path / 'run', '--images', tmp_path / 'pictures', '-q')
@@ -148,17 +157,17 @@ def test_pictures_for_networks_of_other_channels(inspect, tmp_path, channels):
 
 # files
 
-def torchscript(path):
+def torchscript(path: Path) -> None:
     torch.jit.script(torch.nn.Linear(3, 4)).save(str(path))
 
 
-def archive(path):
+def archive(path: Path) -> None:
     with zipfile.ZipFile(path, 'w') as file:
         file.writestr('notes.txt', 'x')
 
 
 POINTER = f'version https://git-lfs.github.com/spec/v1\noid sha256:{"a" * 64}\nsize 12345\n'.encode()
-FILES = {
+FILES: dict[str, Any] = {
     'a Git LFS pointer in place of the file: `git lfs pull`': POINTER, 'a TorchScript archive': torchscript,
     'a zip archive that torch.save did not write': archive, 'a page, perhaps of an error': b'\n<!DOCTYPE html><html>',
     'empty': b'', 'no pickle, or one cut short': bytes(range(256)) * 4, 'no pickle,': b'hello, this is text',
@@ -168,7 +177,7 @@ FILES = {
 
 @pytest.mark.parametrize('what', FILES)
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-def test_a_file_of_something_else_is_named(inspect, tmp_path, what, suffix):
+def test_a_file_of_something_else_is_named(inspect: Command, tmp_path: Path, what: str, suffix: str) -> None:
     path = tmp_path / f'file{suffix}'
     FILES[what](path) if callable(FILES[what]) else path.write_bytes(FILES[what])
     fails(inspect, 3, 'is not a readable safetensors file' if suffix == '.safetensors' and 'pickle' in what else what,
@@ -177,7 +186,7 @@ def test_a_file_of_something_else_is_named(inspect, tmp_path, what, suffix):
 
 # names
 
-def test_escapes_in_names_do_not_reach_the_terminal(inspect, tmp_path):
+def test_escapes_in_names_do_not_reach_the_terminal(inspect: Command, tmp_path: Path) -> None:
     path = tmp_path / f'{ESCAPE}.safetensors'
     tensors = {f'{ESCAPE}nl.{name}.weight': torch.randn(*shape) for name, shape in (
         ('theta', (3, 6)), ('g', (3, 6)), ('z', (6, 3)))}
@@ -196,12 +205,14 @@ def test_escapes_in_names_do_not_reach_the_terminal(inspect, tmp_path):
 
 @pytest.mark.parametrize('flag', ['--check=neg_top<=4', '--json', '--stability', '--output=x', '--plot=x.png',
                                   '--images=x'])
-def test_a_list_reads_no_weights_and_says_what_it_cannot_do(inspect, weights, flag):
+def test_a_list_reads_no_weights_and_says_what_it_cannot_do(inspect: Command, weights: tuple[Path, list[Spectrum]],
+                                                            flag: str) -> None:
     code, out, err = inspect(weights[0], '--list', flag)
     assert (code, out) == (2, '') and '--list names the blocks and reads no weights: leave' in err
 
 
-def test_a_key_map_that_matches_nothing_is_said(inspect, weights, tmp_path):
+def test_a_key_map_that_matches_nothing_is_said(inspect: Command, weights: tuple[Path, list[Spectrum]],
+                                                tmp_path: Path) -> None:
     other = tmp_path / 'other.safetensors'
     save_file({'att.value.weight': torch.randn(2, 4), 'att.out.weight': torch.randn(4, 2)}, other)
     wrong, right = r'g=\.valeu\.weight,z=out\.weight', r'g=value\.weight,z=out\.weight'

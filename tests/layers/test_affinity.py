@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from timm_nonlocal.layers.affinity import AFFINITIES, affinity_class
+from timm_nonlocal.layers.affinity import AFFINITIES, Affinity, Concatenation, affinity_class
 
 M, D = 7, 6
 
 
-def embedded(name, symmetric=False):
+def embedded(name: str, symmetric: bool = False) -> tuple[Affinity, torch.Tensor, torch.Tensor]:
     q = torch.randn(2, M, D, dtype=torch.float64)
     k = q if symmetric else torch.randn(2, M, D, dtype=torch.float64)
     return affinity_class(name)(D, symmetric, dtype=torch.float64), q, k
 
 
 @pytest.mark.parametrize('name', AFFINITIES)
-def test_equals_its_formula(name):
+def test_equals_its_formula(name: str) -> None:
     affinity, q, k = embedded(name)
     a = affinity(q, k).expand(2, M, M)
     for b in range(2):
@@ -31,6 +31,7 @@ def test_equals_its_formula(name):
                 row = row / row.sum()
             elif name == 'concatenation':
                 pairs = torch.stack([torch.cat([q[b, i], k[b, j]]) for j in range(M)])
+                assert isinstance(affinity, Concatenation)
                 row = (pairs @ affinity.weight.flatten()).clamp(min=0) / M
             else:
                 row = torch.full((M,), 1 / M, dtype=torch.float64) if name == 'uniform' else torch.eye(M)[i]
@@ -38,7 +39,7 @@ def test_equals_its_formula(name):
 
 
 @pytest.mark.parametrize('name', AFFINITIES)
-def test_difference_is_the_sum_over_j(name):
+def test_difference_is_the_sum_over_j(name: str) -> None:
     affinity, q, k = embedded(name)
     a, z = affinity(q, k), torch.randn(2, M, 5, dtype=torch.float64)
     full = a.expand(2, M, M)
@@ -47,7 +48,7 @@ def test_difference_is_the_sum_over_j(name):
 
 
 @pytest.mark.parametrize('name', [name for name, kind in AFFINITIES.items() if kind.normalize == 'row_sum'])
-def test_rows_are_distributions(name):
+def test_rows_are_distributions(name: str) -> None:
     affinity, q, k = embedded(name)
     a = affinity(3 * q, k)
     assert a.min() >= 0
@@ -55,7 +56,7 @@ def test_rows_are_distributions(name):
 
 
 @pytest.mark.parametrize('name', ['embedded_gaussian', 'gaussian', 'positive_dot_product', 'uniform', 'identity'])
-def test_symmetric_kernel_is_reversible_with_real_spectrum(name):
+def test_symmetric_kernel_is_reversible_with_real_spectrum(name: str) -> None:
     """K symmetric: diag(d) A is symmetric, and A has real eigenvalues in [-1, 1]."""
     affinity, q, k = embedded(name, symmetric=True)
     a = affinity(q, k).expand(2, M, M)
@@ -73,13 +74,13 @@ def test_symmetric_kernel_is_reversible_with_real_spectrum(name):
 
 
 @pytest.mark.parametrize('name', ['dot_product', 'concatenation'])
-def test_symmetric_unnormalised_kernels_are_symmetric(name):
+def test_symmetric_unnormalised_kernels_are_symmetric(name: str) -> None:
     affinity, q, k = embedded(name, symmetric=True)
     a = affinity(q, k)
     torch.testing.assert_close(a, a.transpose(1, 2), rtol=0, atol=1e-14)
 
 
-def test_row_sum_of_a_signed_kernel_is_refused_with_a_reason():
+def test_row_sum_of_a_signed_kernel_is_refused_with_a_reason() -> None:
     with pytest.raises(ValueError, match="takes both signs.*use normalize='positions'"):
         affinity_class('dot_product')(D, normalize='row_sum')
     with pytest.raises(ValueError, match="only its row sum keeps it finite.*use normalize='row_sum'"):
@@ -88,19 +89,19 @@ def test_row_sum_of_a_signed_kernel_is_refused_with_a_reason():
         affinity_class('uniform')(D, normalize='rows')
 
 
-def test_unknown_name_lists_the_known_ones():
+def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="'cosine' is unknown: use one of embedded_gaussian, "):
         affinity_class('cosine')
 
 
-def test_scale_multiplies_the_inner_product():
+def test_scale_multiplies_the_inner_product() -> None:
     q = torch.randn(1, M, D, dtype=torch.float64)
     torch.testing.assert_close(affinity_class('gaussian')(D, scale=2.0)(q, q), torch.softmax(2 * q @ q.mT, -1))
     torch.testing.assert_close(affinity_class('dot_product')(D, scale=2.0)(q, q), 2 * q @ q.mT / M)
 
 
 @pytest.mark.parametrize('name', AFFINITIES)
-def test_operator_applies_like_the_matrix(name):
+def test_operator_applies_like_the_matrix(name: str) -> None:
     """Values and gradients of both sums."""
     affinity, q, k = embedded(name)
     q, k, z = (x.requires_grad_() for x in (q, k, torch.randn(2, M, 5, dtype=torch.float64)))
@@ -116,12 +117,12 @@ def test_operator_applies_like_the_matrix(name):
 
 
 @pytest.mark.parametrize('name', ['dot_product', 'positive_dot_product', 'uniform', 'identity'])
-def test_operator_is_thin(name):
+def test_operator_is_thin(name: str) -> None:
     affinity, q, k = embedded(name)
     assert all(part.numel() <= 2 * M * (D + 1) for part in affinity.operator(q, k) if part is not None)
 
 
-def test_positive_dot_product_takes_features_that_are_all_negative():
+def test_positive_dot_product_takes_features_that_are_all_negative() -> None:
     affinity, q, k = embedded('positive_dot_product')
     torch.testing.assert_close(affinity(-q.abs(), k), torch.full((2, M, M), 1 / M, dtype=torch.float64))
     with pytest.raises(ValueError, match='scale=-1.0 makes the kernel negative: use a scale of at least 0'):

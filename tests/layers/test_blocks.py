@@ -1,5 +1,7 @@
 """Eq. (1) and eq. (8) as properties, in float64 on random inputs."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,15 +15,15 @@ STOCHASTIC = [name for name, kind in AFFINITIES.items() if kind.normalize == 'ro
 GRID = pytest.mark.parametrize('affinity', AFFINITIES)
 
 
-def image(batch=2):
+def image(batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, C, H, W, dtype=torch.float64)
 
 
-def stage(k=3, **kwargs):
+def stage(k: int = 3, **kwargs: Any) -> NonlocalStage:
     return NonlocalStage(C, k, dtype=torch.float64, **kwargs)
 
 
-def affinity_of(module, x):
+def affinity_of(module: NonlocalStage | NonlocalBlock, x: torch.Tensor) -> torch.Tensor:
     """A(X), (B, M, M)."""
     a = module.relate(x.flatten(2).transpose(1, 2))
     return a.expand(len(x), M, M)
@@ -29,7 +31,7 @@ def affinity_of(module, x):
 
 @GRID
 @pytest.mark.parametrize('symmetric', [False, True])
-def test_block_equals_the_double_loop(affinity, symmetric):
+def test_block_equals_the_double_loop(affinity: str, symmetric: bool) -> None:
     """Eq. (1) with i and j written out."""
     block, x = NonlocalBlock(C, affinity=affinity, symmetric=symmetric, dtype=torch.float64), image(1)
     a, tokens, z = affinity_of(block, x)[0], x.flatten(2)[0].T, block(x).flatten(2)[0].T
@@ -42,7 +44,7 @@ def test_block_equals_the_double_loop(affinity, symmetric):
 @GRID
 @pytest.mark.parametrize('symmetric', [False, True])
 @pytest.mark.parametrize('merged', [False, True])
-def test_stage_equals_the_double_loop(affinity, symmetric, merged):
+def test_stage_equals_the_double_loop(affinity: str, symmetric: bool, merged: bool) -> None:
     """Eq. (8) with n, i and j written out: W acts on Σⱼ Aᵢⱼ (Zⱼ - Zᵢ), A stays that of X."""
     module, x = stage(affinity=affinity, symmetric=symmetric, merged=merged), image(1)
     a, z = affinity_of(module, x)[0], x.flatten(2)[0].T
@@ -54,7 +56,7 @@ def test_stage_equals_the_double_loop(affinity, symmetric, merged):
 
 @GRID
 @pytest.mark.parametrize('k', range(1, 7))
-def test_merged_equals_plain(affinity, k):
+def test_merged_equals_plain(affinity: str, k: int) -> None:
     """Values and every gradient."""
     module, x = stage(k, affinity=affinity), image().requires_grad_()
     results = []
@@ -69,14 +71,14 @@ def test_merged_equals_plain(affinity, k):
 
 @pytest.mark.parametrize('merged', [False, True])
 @GRID
-def test_constants_are_fixed_points_of_the_stage(affinity, merged):
+def test_constants_are_fixed_points_of_the_stage(affinity: str, merged: bool) -> None:
     x = torch.randn(2, C, 1, 1, dtype=torch.float64).expand(2, C, H, W)
     torch.testing.assert_close(stage(merged=merged, affinity=affinity)(x), x, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize('affinity', STOCHASTIC)
 @pytest.mark.parametrize('symmetric', [False, True])
-def test_weighted_mean_is_conserved(affinity, symmetric):
+def test_weighted_mean_is_conserved(affinity: str, symmetric: bool) -> None:
     """πᵀZⁿ = πᵀX for the left Perron vector π of A, whatever W is."""
     module, x = stage(affinity=affinity, symmetric=symmetric), image(1)
     values, vectors = torch.linalg.eig(affinity_of(module, x)[0].T)
@@ -85,14 +87,14 @@ def test_weighted_mean_is_conserved(affinity, symmetric):
     torch.testing.assert_close(after / pi.sum(), before / pi.sum(), rtol=0, atol=1e-12)
 
 
-def test_the_original_block_keeps_neither():
+def test_the_original_block_keeps_neither() -> None:
     block = NonlocalBlock(C, dtype=torch.float64)
     constant = torch.randn(1, C, 1, 1, dtype=torch.float64).expand(1, C, H, W)
     assert (block(constant) - constant).abs().max() > 0.01
 
 
 @pytest.mark.parametrize('affinity', STOCHASTIC)
-def test_a_bias_on_g_changes_nothing(affinity):
+def test_a_bias_on_g_changes_nothing(affinity: str) -> None:
     module, x = stage(affinity=affinity, merged=False), image()
     before = module(x)
     for sub_block in module.sub_blocks:
@@ -104,12 +106,12 @@ def test_a_bias_on_g_changes_nothing(affinity):
     torch.testing.assert_close(z.transpose(1, 2).reshape(x.shape), before, rtol=0, atol=1e-12)
 
 
-def test_identity_affinity_gives_the_identity():
+def test_identity_affinity_gives_the_identity() -> None:
     x = image()
     torch.testing.assert_close(stage(affinity='identity')(x), x, rtol=0, atol=1e-14)
 
 
-def test_uniform_affinity_gives_a_centred_convolution():
+def test_uniform_affinity_gives_a_centred_convolution() -> None:
     """One sub-block: Z = X - W (X - mean X), a 1×1 convolution of the centred features."""
     module, x = stage(1, affinity='uniform'), image()
     sub_block = module.sub_blocks[0]
@@ -129,24 +131,24 @@ def test_uniform_affinity_gives_a_centred_convolution():
     NonlocalStage(4, 2, affinity='uniform', dtype=torch.float64),
     NonlocalStage(4, 2, symmetric=True, dtype=torch.float64),
 ], ids=lambda module: f'{type(module).__name__}-{sum(p.numel() for p in module.parameters())}')
-def test_gradcheck(module):
+def test_gradcheck(module: torch.nn.Module) -> None:
     x = torch.randn(1, 4, 2, 3, dtype=torch.float64, requires_grad=True)
     names, weights = zip(*module.named_parameters(), strict=True)
 
-    def apply(x, *weights):
+    def apply(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(apply, (x, *weights))
 
 
 @pytest.mark.parametrize('k', [1, 2, 4, 6])
-def test_number_of_parameters(k):
+def test_number_of_parameters(k: int) -> None:
     """A bias-free original block has 8,192 at C = 64, a stage 4,096 + 4,096 k."""
     assert sum(p.numel() for p in NonlocalBlocks(64, k).parameters()) == 8192 * k
     assert sum(p.numel() for p in NonlocalStage(64, k).parameters()) == 4096 + 4096 * k
 
 
-def test_state_dict_keys():
+def test_state_dict_keys() -> None:
     assert list(NonlocalStage(C, 2).state_dict()) == [
         'theta.weight', 'phi.weight', 'sub_blocks.0.g.weight', 'sub_blocks.0.z.weight',
         'sub_blocks.1.g.weight', 'sub_blocks.1.z.weight']
@@ -158,7 +160,7 @@ def test_state_dict_keys():
 
 
 @pytest.mark.parametrize('init', INITS)
-def test_initialisations(init):
+def test_initialisations(init: str) -> None:
     torch.manual_seed(1)
     module = NonlocalStage(256, 1, init=init)
     g, z = module.sub_blocks[0].g.weight, module.sub_blocks[0].z.weight  # (128, 256), (256, 128)
@@ -169,14 +171,14 @@ def test_initialisations(init):
     assert (g.std().item(), z.std().item()) == pytest.approx(expected, rel=0.03)
 
 
-def test_zero_init_is_the_identity_bit_for_bit():
+def test_zero_init_is_the_identity_bit_for_bit() -> None:
     x = torch.randn(2, C, H, W)
     for module in (NonlocalStage(C, 3, init='zero'), NonlocalBlocks(C, 3, init='zero')):
         assert torch.equal(module(x), x)
 
 
 @pytest.mark.parametrize('shape', [(3, C, 10), (1, C, 2, 3, 4), (2, C, 1, 1)])
-def test_any_grid(shape):
+def test_any_grid(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     assert NonlocalStage(C, 2)(x).shape == NonlocalBlocks(C, 2)(x).shape == x.shape
 
@@ -191,11 +193,11 @@ def test_any_grid(shape):
     (dict(dim=C, affinity='cosine'), "affinity='cosine' is unknown"),
     (dict(dim=C, init='ones'), "init='ones' is unknown: use one of xavier_normal"),
 ])
-def test_bad_arguments(make, kwargs, message):
+def test_bad_arguments(make: type[NonlocalBlocks] | type[NonlocalStage], kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**kwargs)
 
 
-def test_odd_channels_with_inner_dim():
+def test_odd_channels_with_inner_dim() -> None:
     x = torch.randn(1, 7, 2, 2)
     assert NonlocalStage(7, 2, inner_dim=3)(x).shape == x.shape

@@ -2,6 +2,9 @@
 
 import copy
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,6 +18,7 @@ from timm_nonlocal import NonlocalBlock, NonlocalBlocks, NonlocalStage
 from timm_nonlocal.layers.affinity import EmbeddedGaussian
 
 C, NAMES = 8, ('theta', 'phi', 'g', 'z')
+Change = Callable[[Any, str], object]  # of a parent's child
 MAKE = pytest.mark.parametrize('make', [
     lambda **options: NonlocalStage(C, 2, dtype=torch.float64, **options),
     lambda **options: NonlocalStage(C, 2, affinity='dot_product', symmetric=True, dtype=torch.float64, **options),
@@ -22,16 +26,16 @@ MAKE = pytest.mark.parametrize('make', [
 ], ids=['stage', 'dot product', 'block'])
 
 
-def image():
+def image() -> torch.Tensor:
     return torch.randn(2, C, 4, 3, dtype=torch.float64)
 
 
 class Doubled(nn.Linear):
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
 
 
-def everywhere(module, change):
+def everywhere(module: nn.Module, change: Change) -> nn.Module:
     """Changes every child with a weight: `change(parent, name)`."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
@@ -40,13 +44,13 @@ def everywhere(module, change):
     return module
 
 
-def replaced(wrap):
+def replaced(wrap: Callable[[Any], nn.Module]) -> Change:
     return lambda parent, name: setattr(parent, name, wrap(getattr(parent, name)))
 
 
-def other(kind, **options):
+def other(kind: Callable[..., Any], **options: Any) -> Change:
     """A layer of another kind with the same weight."""
-    def change(old):
+    def change(old: nn.Linear) -> nn.Module:
         new = kind(old.in_features, old.out_features, dtype=torch.float64, **options)
         new.weight = old.weight
         return new
@@ -54,12 +58,12 @@ def other(kind, **options):
     return replaced(change)
 
 
-def touched(touch):
+def touched(touch: Callable[[Any], object]) -> Change:
     """The layer itself, once touched."""
     return lambda parent, name: touch(getattr(parent, name))
 
 
-def shift(layer):
+def shift(layer: Any) -> None:
     forward = layer.forward
     layer.forward = lambda x: forward(x) + 1  # as accelerate's hooks do
 
@@ -80,7 +84,7 @@ CHANGES = {
 }
 
 
-def changed(make, change, **options):
+def changed(make: Callable[..., nn.Module], change: Change, **options: Any) -> list[nn.Module]:
     """The module with and without `merged`, both changed in the same way."""
     modules = []
     for merged in (True, False):
@@ -91,7 +95,7 @@ def changed(make, change, **options):
     return modules
 
 
-def results(module, x, steps=2):
+def results(module: nn.Module, x: torch.Tensor, steps: int = 2) -> list[torch.Tensor]:
     """Outputs, and gradients of x and the parameters, over two backward passes."""
     found, x = [], x.clone().requires_grad_()
     for _ in range(steps):
@@ -103,7 +107,7 @@ def results(module, x, steps=2):
 @MAKE
 @pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize('training', [True, False])
-def test_changed_children(make, change, training):
+def test_changed_children(make: Callable[..., nn.Module], change: Change, training: bool) -> None:
     merged, literal = changed(make, change)
     x = image()
     for a, b in zip(results(merged.train(training), x), results(literal.train(training), x), strict=True):
@@ -113,17 +117,18 @@ def test_changed_children(make, change, training):
 @MAKE
 @pytest.mark.parametrize('change', [lambda layer: None, parametrizations.spectral_norm, parametrizations.weight_norm],
                          ids=['plain', 'spectral norm', 'weight norm'])
-def test_plain_children_stay_merged(make, change):
+def test_plain_children_stay_merged(make: Callable[..., nn.Module], change: Callable[[Any], object]) -> None:
     assert not everywhere(make(), touched(change)).literal
 
 
 @MAKE
 @pytest.mark.parametrize('names', [['theta'], ['affinity'], ['sub_blocks.1', 'sub_blocks.1.z', 'z']], ids=str)
 @pytest.mark.parametrize('hook', ['register_forward_hook', 'register_forward_pre_hook', 'global'])
-def test_hooks_fire_as_often_as_with_the_literal_formula(make, names, hook):
+def test_hooks_fire_as_often_as_with_the_literal_formula(make: Callable[..., nn.Module], names: list[str],
+                                                         hook: str) -> None:
     calls = []
     for merged in (True, False):
-        module, fired = make(merged=merged), []
+        module, fired = make(merged=merged), list[str]()
         children = [child for name, child in module.named_modules() if name in names]
         handles = [torch_module.register_module_forward_hook(lambda child, *_, fired=fired: fired.append(child))] \
             if hook == 'global' else [getattr(child, hook)(lambda child, *_, fired=fired: fired.append(child))
@@ -136,14 +141,14 @@ def test_hooks_fire_as_often_as_with_the_literal_formula(make, names, hook):
 
 
 class Causal(EmbeddedGaussian):
-    def forward(self, q, k):
+    def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         a = super().forward(q, k).tril()
         return a / a.sum(dim=2, keepdim=True)
 
 
 @pytest.mark.parametrize('make', [NonlocalStage, NonlocalBlock])
 @pytest.mark.parametrize('name', ['theta', 'phi', 'affinity'])
-def test_one_child_is_replaced(make, name):
+def test_one_child_is_replaced(make: type[NonlocalBlock] | type[NonlocalStage], name: str) -> None:
     module, x = make(C, dtype=torch.float64), image()
     before = module(x)
     setattr(module, name, Causal(C // 2) if name == 'affinity' else nn.Sequential(getattr(module, name), nn.Tanh()))
@@ -153,21 +158,23 @@ def test_one_child_is_replaced(make, name):
     assert (merged - before).abs().max() > 1e-3
 
 
-def test_torchs_counter_sees_the_operator():
+def test_torchs_counter_sees_the_operator() -> None:
     """Its hooks on all modules only note names."""
     with FlopCounterMode(display=False) as counter:
         NonlocalStage(C, 2)(torch.randn(2, C, 4, 3))
     assert torch.ops.timm_nonlocal.stage in counter.get_flop_counts()['Global']
 
 
-def test_widths_and_kinds_that_differ():
+def test_widths_and_kinds_that_differ() -> None:
     """Structural pruning; embeddings of which one was taken out."""
-    def narrow(module):
+    def narrow(module: Any) -> None:
         module.sub_blocks[1].g = nn.Linear(C, 2, bias=False, dtype=torch.float64)
         module.sub_blocks[1].z = nn.Linear(2, C, bias=False, dtype=torch.float64)
 
-    for options, change in [({}, narrow), (dict(inner_dim=C), lambda module: setattr(module, 'phi', nn.Identity())),
-                            (dict(inner_dim=C), lambda module: setattr(module, 'theta', nn.Identity()))]:
+    cases: list[tuple[dict[str, Any], Callable[[Any], object]]] = [
+        ({}, narrow), (dict(inner_dim=C), lambda module: setattr(module, 'phi', nn.Identity())),
+        (dict(inner_dim=C), lambda module: setattr(module, 'theta', nn.Identity()))]
+    for options, change in cases:
         found = []
         for merged in (True, False):
             torch.manual_seed(1)
@@ -184,7 +191,7 @@ def test_widths_and_kinds_that_differ():
     lambda module, x: torch.compile(module, backend='eager', fullgraph=True),
 ], ids=['trace', 'fx', 'export', 'compile'])
 @pytest.mark.parametrize('name', ['pruned', 'with a bias', 'forward of its own', 'parametrised spectral norm'])
-def test_graphs_of_changed_children(to_graph, name):
+def test_graphs_of_changed_children(to_graph: Callable[..., Any], name: str) -> None:
     torch.compiler.reset()
     for make in (lambda **options: NonlocalStage(C, 2, dtype=torch.float64, **options),
                  lambda **options: NonlocalBlock(C, dtype=torch.float64, **options)):
@@ -194,7 +201,7 @@ def test_graphs_of_changed_children(to_graph, name):
 
 
 @pytest.mark.parametrize('name', ['wrapped', 'with a bias'])
-def test_torchscript_of_changed_children(name):
+def test_torchscript_of_changed_children(name: str) -> None:
     (merged, literal), x = changed(lambda **options: NonlocalStage(C, 2, dtype=torch.float64, **options),
                                    CHANGES[name]), image()
     torch.testing.assert_close(torch.jit.script(merged)(x), literal(x), rtol=1e-10, atol=1e-10)
@@ -205,7 +212,7 @@ NETWORKS = pytest.mark.parametrize('name', ['preresnet20_nl_proposed_k2', 'prere
 
 @NETWORKS
 @pytest.mark.parametrize('targets', [['theta', 'phi'], ['g', 'z']], ids=str)
-def test_lora(name, targets):
+def test_lora(name: str, targets: list[str]) -> None:
     """Nothing changes before training, and every adapter learns."""
     peft = pytest.importorskip('peft', reason='peft is not installed')
     model, x = timm.create_model(name).eval(), torch.randn(2, 3, 8, 8)
@@ -219,7 +226,7 @@ def test_lora(name, targets):
 
 
 @NETWORKS
-def test_regions_compiled_by_accelerate(name):
+def test_regions_compiled_by_accelerate(name: str) -> None:
     accelerate = pytest.importorskip('accelerate.utils', reason='accelerate is not installed')
     if not hasattr(accelerate, 'compile_regions'):
         pytest.skip('this accelerate compiles no regions')
@@ -231,7 +238,7 @@ def test_regions_compiled_by_accelerate(name):
 
 @NETWORKS
 @pytest.mark.filterwarnings('ignore')
-def test_dynamic_quantisation(name):
+def test_dynamic_quantisation(name: str) -> None:
     model, x = timm.create_model(name).eval(), torch.randn(2, 3, 8, 8)
     y = model(x)
     error = (torch.ao.quantization.quantize_dynamic(copy.deepcopy(model))(x) - y).norm() / y.norm()
@@ -240,7 +247,7 @@ def test_dynamic_quantisation(name):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('whole', [False, True])
-def test_sharded_sub_blocks(tmp_path, whole):
+def test_sharded_sub_blocks(tmp_path: Path, whole: bool) -> None:
     """FSDP2 in a group of one process: each sub-block a unit of its own, and the stage around them."""
     fsdp = pytest.importorskip('torch.distributed.fsdp')
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
@@ -258,22 +265,23 @@ def test_sharded_sub_blocks(tmp_path, whole):
                 sharded.square().sum().backward()
                 torch.testing.assert_close(sharded, y, rtol=1e-10, atol=1e-10)
             for parameter, expected in zip(module.parameters(), gradients, strict=True):
-                found = parameter.grad
+                found: Any = parameter.grad
                 torch.testing.assert_close(found.full_tensor() if hasattr(found, 'full_tensor') else found, expected)
     finally:
         torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize('make', [NonlocalStage, NonlocalBlock])
-def test_weights_on_another_device(make):
+def test_weights_on_another_device(make: type[NonlocalBlock] | type[NonlocalStage]) -> None:
     """One line; children that fetch their weight when called, as accelerate's, are right."""
     x, module = torch.randn(1, C, 2, 2), make(C)
     expected = module(x)
-    for child in [child for child in module.modules() if type(child) is nn.Linear]:
+    children: list[Any] = [child for child in module.modules() if type(child) is nn.Linear]
+    for child in children:
         weight, child.weight = child.weight, nn.Parameter(child.weight.to('meta'))
         child.away = weight
     with pytest.raises(RuntimeError, match='^x is on the device cpu and the weights are on meta: move one'):
         module(x)
-    for child in [child for child in module.modules() if type(child) is nn.Linear]:
+    for child in children:
         child.forward = lambda x, child=child: nn.functional.linear(x, child.away)
     torch.testing.assert_close(module(x), expected)

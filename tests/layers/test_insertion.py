@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,7 +17,7 @@ from tests.support.networks import wake
 from timm_nonlocal import NonlocalBlocks, NonlocalStage, insert, remove
 
 
-def torchvision(name):
+def torchvision(name: str) -> torch.nn.Module:
     model = get_model(name, weights=None)
     for parameter in model.parameters():
         if parameter.dim() == 2 and not parameter.any():  # a head of zeros would hide everything
@@ -22,12 +25,12 @@ def torchvision(name):
     return model
 
 
-def features(name):
+def features(name: str) -> torch.nn.Module:
     return timm.create_model(name, features_only=True)
 
 
-def tensors(out):
-    return list(out.values()) if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else [out]
+def tensors(out: Any) -> list[torch.Tensor]:
+    return list(out.values()) if isinstance(out, dict) else list(out) if isinstance(out, (list, tuple)) else [out]
 
 
 PLACES = [  # maker, name, after, where the keys of the nonlocal module are, C, image size
@@ -52,7 +55,7 @@ MORE_PLACES = [
 
 @pytest.mark.parametrize(('make', 'name', 'after', 'place', 'dim', 'size'), [
     *PLACES, *(pytest.param(*place, marks=pytest.mark.slow) for place in MORE_PLACES)])
-def test_any_network(make, name, after, place, dim, size):
+def test_any_network(make: Callable[[str], Any], name: str, after: str, place: str, dim: int, size: int) -> None:
     """Bit for bit the same in eval; another once W_Z is not zero; and as it was after `remove`."""
     model, x = make(name).eval(), torch.randn(1, 3, size, size)
     keys = list(model.state_dict())
@@ -73,8 +76,9 @@ def test_any_network(make, name, after, place, dim, size):
             assert torch.equal(actual, expected)
 
 
-def test_the_part_acts_on_the_modules_output():
-    model, seen = timm.create_model('test_vit', img_size=64).eval(), {}
+def test_the_part_acts_on_the_modules_output() -> None:
+    model: Any = timm.create_model('test_vit', img_size=64).eval()
+    seen: dict[str, torch.Tensor] = {}
     block = model.blocks[3]
     block.register_forward_hook(lambda module, args, out: seen.update(after=out))
     with torch.no_grad():
@@ -86,8 +90,9 @@ def test_the_part_acts_on_the_modules_output():
         assert torch.equal(seen['after'], block(x))  # whoever listened before hears the nonlocal module too
 
 
-def test_several_places_and_one_taken_out():
-    model, x = timm.create_model('test_resnet').eval(), torch.randn(1, 3, 64, 64)
+def test_several_places_and_one_taken_out() -> None:
+    model: Any = timm.create_model('test_resnet').eval()
+    x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = model(x)
         insert(model, ['layer1.0', 'layer3.0'], kind='original', k=2, symmetric=True)
@@ -101,8 +106,8 @@ def test_several_places_and_one_taken_out():
         assert torch.equal(model(x), before)
 
 
-def test_arguments_reach_the_part():
-    model = insert(timm.create_model('test_resnet'), 'layer1.0', k=2, affinity='uniform', init='xavier_normal',
+def test_arguments_reach_the_part() -> None:
+    model: Any = insert(timm.create_model('test_resnet'), 'layer1.0', k=2, affinity='uniform', init='xavier_normal',
                    inner_dim=16)
     module = model.layer1[0].nl
     assert type(module.affinity).__name__ == 'Uniform' and module.sub_blocks[1].z.weight.shape == (32, 16)
@@ -110,15 +115,15 @@ def test_arguments_reach_the_part():
 
 
 @pytest.mark.parametrize(('in_chans', 'where'), [(3, torch.bfloat16), (3, 'meta'), (1, 'cpu')])
-def test_the_part_is_where_the_model_is(in_chans, where):
-    model = timm.create_model('test_resnet', in_chans=in_chans).to(where)
+def test_the_part_is_where_the_model_is(in_chans: int, where: str | torch.dtype) -> None:
+    model: Any = timm.create_model('test_resnet', in_chans=in_chans).to(where)
     model.layer1.eval()
     insert(model, 'layer2.0')
     assert {(p.device, p.dtype) for p in model.parameters()} == {(model.fc.weight.device, model.fc.weight.dtype)}
     assert model.training and not model.layer1[0].training and model.layer2[0].nl.training
 
 
-def test_state_dict_round_trip():
+def test_state_dict_round_trip() -> None:
     """A plain checkpoint loads before, the whole after, and nothing is missed."""
     model = wake(insert(timm.create_model('test_resnet').eval(), ['layer1.0', 'layer4.0'], k=3))
     plain = timm.create_model('test_resnet')
@@ -129,7 +134,7 @@ def test_state_dict_round_trip():
     assert torch.equal(again(x), model(x))
 
 
-def test_copies_stand_alone():
+def test_copies_stand_alone() -> None:
     model, x = wake(insert(timm.create_model('test_resnet').eval(), 'layer1.0')), torch.randn(1, 3, 64, 64)
     y = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -141,10 +146,10 @@ def test_copies_stand_alone():
 
 
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
-def test_fine_tuning(name):
+def test_fine_tuning(name: str) -> None:
     """The nonlocal module learns, also under gradient checkpointing, in the group of the module that it follows."""
     after = 'layer3.0' if name == 'test_resnet' else 'blocks.5'
-    model = insert(timm.create_model(name, num_classes=5), after, k=2).train()
+    model: Any = insert(timm.create_model(name, num_classes=5), after, k=2).train()
     model.set_grad_checkpointing()
     model(torch.randn(2, 3, 160, 160)).square().sum().backward()
     module = model.get_submodule(f'{after}.nl')
@@ -154,7 +159,7 @@ def test_fine_tuning(name):
     assert len({layer for name, layer in groups.items() if name.startswith(f'{after}.')}) == 1
 
 
-def test_a_feature_pyramid():
+def test_a_feature_pyramid() -> None:
     """Several levels, in the body and in the pyramid; and a head that runs on every level shares one module."""
     x = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
@@ -169,7 +174,7 @@ def test_a_feature_pyramid():
         assert detector.rpn.head.conv[0][1].nl.theta.weight.shape == (128, 256)
 
 
-def test_graphs_hold_the_part():
+def test_graphs_hold_the_part() -> None:
     model, x = wake(insert(timm.create_model('test_resnet').eval(), 'layer2.0', k=2)), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         y = model(x)
@@ -192,7 +197,7 @@ def test_graphs_hold_the_part():
     (dict(after='layer1.0', example=torch.zeros(1, 5, 64, 64)),
      r'the model does not take \(1, 5, 64, 64\): give what it takes as example=…'),
 ])
-def test_bad_arguments_leave_the_model_as_it_was(kwargs, message):
+def test_bad_arguments_leave_the_model_as_it_was(kwargs: dict[str, Any], message: str) -> None:
     model = timm.create_model('test_resnet')
     with pytest.raises(ValueError, match=message) as error:
         insert(model, **kwargs)
@@ -205,15 +210,15 @@ class Odd(torch.nn.Module):
     """Holds a module that is used on two widths, one that is not used, and a container with a forward of its own."""
 
     class Dense(torch.nn.ModuleDict):
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             return torch.cat([x, *(child(x) for child in self.values())], 1)
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv, self.relu, self.unused = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.ReLU()
         self.dense = self.Dense({'a': torch.nn.Conv2d(8, 4, 1), 'b': torch.nn.Conv2d(8, 4, 1)})
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Any:
         return self.relu(self.dense(self.relu(self.conv(x)))), {}
 
 
@@ -222,7 +227,7 @@ class Odd(torch.nn.Module):
     ('unused', "after='unused': the module does not run in the forward pass; name the one that holds it"),
     ('dense', "after='dense': a Dense runs its children itself; name one of them, or the module that follows"),
 ])
-def test_places_that_do_not_fit(after, message):
+def test_places_that_do_not_fit(after: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         insert(Odd(), after)
     insert(Odd(), 'dense.a')
@@ -230,12 +235,12 @@ def test_places_that_do_not_fit(after, message):
 
 @pytest.mark.parametrize(('dim', 'kwargs', 'inner'), [
     (7, {}, 3), (1, {}, 1), (7, dict(inner_dim=5), 5), (7, dict(inner_dim=None, kind='original'), 3)])
-def test_odd_channels(dim, kwargs, inner):
-    model = insert(torch.nn.Sequential(torch.nn.Conv2d(3, dim, 3), torch.nn.Flatten()), '0', **kwargs)
+def test_odd_channels(dim: int, kwargs: dict[str, Any], inner: int) -> None:
+    model: Any = insert(torch.nn.Sequential(torch.nn.Conv2d(3, dim, 3), torch.nn.Flatten()), '0', **kwargs)
     assert next(model[0].nl.parameters()).shape == (inner, dim)
 
 
-def test_a_model_without_a_convolution_needs_an_example():
+def test_a_model_without_a_convolution_needs_an_example() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU())
     with pytest.raises(ValueError, match='no 2-D convolution to tell its input by: give what it takes as example=…'):
         insert(model, '0')
@@ -243,7 +248,7 @@ def test_a_model_without_a_convolution_needs_an_example():
     assert model(torch.zeros(2, 5, 4)).shape == (2, 5, 6)
 
 
-def test_inserting_and_removing_twice():
+def test_inserting_and_removing_twice() -> None:
     model = insert(timm.create_model('test_resnet'), 'layer1.0')
     with pytest.raises(ValueError, match=r"is a nonlocal module already; take it out with remove\(model, 'layer1.0'\)"):
         insert(model, 'layer1.0')
@@ -254,29 +259,29 @@ def test_inserting_and_removing_twice():
         remove(model)
 
 
-def test_a_registered_networks_own_part_is_not_taken_out():
-    model = insert(timm.create_model('preresnet20_nl_proposed_k2'), 'layer2.0')
+def test_a_registered_networks_own_part_is_not_taken_out() -> None:
+    model: Any = insert(timm.create_model('preresnet20_nl_proposed_k2'), 'layer2.0')
     remove(model)
     assert isinstance(model.layer1.nl, NonlocalStage)
     with pytest.raises(ValueError, match='nothing was inserted there'):
         remove(model, 'layer1.1')
 
 
-def test_resnet50_on_timms_own_weights(tmp_path):
+def test_resnet50_on_timms_own_weights(tmp_path: Path) -> None:
     """The registered network is timm's, predictions and all, until the nonlocal module is trained."""
     name = 'resnet50_nl_proposed_k5'
     assert timm.list_pretrained(f'{name}*') == [f'{name}.a1_in1k']
     cfg, own = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg('resnet50.a1_in1k')
-    assert cfg.hf_hub_id == own.hf_hub_id == 'timm/resnet50.a1_in1k' and cfg.mean == own.mean
+    assert cfg and own and cfg.hf_hub_id == own.hf_hub_id == 'timm/resnet50.a1_in1k' and cfg.mean == own.mean
     base, x = timm.create_model('resnet50').eval(), torch.randn(1, 3, 64, 64)
     file = tmp_path / 'base.pth'
     torch.save(base.state_dict(), file)
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': str(file)}).eval()
+    model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': str(file)}).eval()
     with torch.no_grad():
         assert torch.equal(model(x), base(x))
     assert model.layer3[4].nl.theta.weight.shape == (512, 1024) and model.pretrained_cfg['architecture'] == name
     torch.save(wake(model).state_dict(), file)  # trained weights have W_Z of their own
-    again = timm.create_model(
+    again: Any = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay={'file': str(file)}, num_classes=7, in_chans=1).eval()
     with torch.no_grad():
         grey = x[:, :1]

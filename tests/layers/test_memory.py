@@ -1,5 +1,9 @@
 """What a container's limit leaves, and who is asked before a matrix is made."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +14,7 @@ GIB = 1 << 30
 
 
 @pytest.fixture
-def groups(tmp_path, monkeypatch):
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Writes this process's line of /proc/self/cgroup and a group's files: limit, use and droppable files."""
     monkeypatch.setattr(memory, 'CGROUPS', tmp_path / 'cgroup')
     monkeypatch.setattr(memory, 'OWN_GROUPS', tmp_path / 'own')
@@ -38,17 +42,18 @@ def groups(tmp_path, monkeypatch):
     ('4:memory:/job', dict(job=(2 * GIB, GIB, GIB), root=(2 ** 63 - 4096, 0, 0)), 2 * GIB),
     ('4:memory:/job', {}, float('inf')),
 ])
-def test_limits_of_containers(groups, own, files, left):
+def test_limits_of_containers(groups: Callable[..., None], own: str, files: dict[str, tuple[Any, int, int]],
+                              left: float) -> None:
     groups(own, **files)
     assert memory.left_in_container() == left
     assert memory.available(torch.device('cpu')) <= left
 
 
-def test_without_groups(groups, monkeypatch):
+def test_without_groups(groups: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.left_in_container() == float('inf')  # no such file, as outside Linux
 
 
-def test_a_containers_limit_refuses(groups, monkeypatch):
+def test_a_containers_limit_refuses(groups: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """K and A of 1,024 positions take 8 MiB an image in float32."""
     monkeypatch.setattr(memory, 'ASKED_FROM', 0)
     module, x = NonlocalStage(8, 2, merged=False), torch.randn(2, 8, 32, 32)
@@ -60,13 +65,14 @@ def test_a_containers_limit_refuses(groups, monkeypatch):
 
 
 @pytest.fixture
-def little_memory(monkeypatch):
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, 'ASKED_FROM', 0)
     monkeypatch.setattr(memory, 'available', lambda device: 4 << 20)
 
 
 @pytest.mark.parametrize('make', [NonlocalStage, NonlocalBlock])
-def test_refused_with_changed_children_and_transforms(little_memory, make):
+def test_refused_with_changed_children_and_transforms(little_memory: None,
+                                                      make: type[NonlocalBlock] | type[NonlocalStage]) -> None:
     """Where the formulas stand in for the operator, the matrix is asked for as with merged=False."""
     module, x = make(8), torch.randn(1, 8, 32, 32)
     module(x)
@@ -81,7 +87,7 @@ def test_refused_with_changed_children_and_transforms(little_memory, make):
         module(x)
 
 
-def test_who_is_not_asked(little_memory):
+def test_who_is_not_asked(little_memory: None) -> None:
     """Graphs of tensor operators alone, as README.md says; one of `torch.fx` asks."""
     module, x = NonlocalStage(8, 2, affinity='concatenation').eval(), torch.randn(1, 8, 32, 32)
     for graph in (torch.jit.script(module), torch.jit.trace(module, x, check_trace=False),

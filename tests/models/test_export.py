@@ -1,6 +1,9 @@
 """Compiled, scripted, traced, exported and in ONNX, a network gives what it gives in eager mode, to 1e-4."""
 
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -19,9 +22,11 @@ ALL = pytest.mark.parametrize('name', [
 
 
 @cache
-def example(name):
+def example(name: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """A network whose nonlocal modules are not the identity, two images, and what it makes of them."""
-    size = timm.get_pretrained_cfg(name).input_size
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg
+    size = cfg.input_size
     model, x = calibrated(name, (2, *size)), torch.randn(2, *size)
     with torch.no_grad():
         for key, weight in model.named_parameters():
@@ -31,26 +36,26 @@ def example(name):
 
 
 @pytest.fixture
-def case(name):
+def case(name: str) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor]]:
     torch.compiler.reset()
     with torch.no_grad():
         yield example(name)
 
 
-def close(actual, expected):
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert expected.std() > 0.01
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @ALL
-def test_torchscript(case, tmp_path):
+def test_torchscript(case: tuple[Any, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
     model, x, y = case
     torch.jit.script(model).save(tmp_path / 'model.pt')
     close(torch.jit.load(tmp_path / 'model.pt')(x), y)
 
 
 @ALL
-def test_fx(case):
+def test_fx(case: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
     """The graph holds for other sizes, and still refuses what is too small."""
     model, x, y = case
     graph = torch.fx.symbolic_trace(model)
@@ -63,7 +68,7 @@ def test_fx(case):
 
 
 @ALL
-def test_export(case):
+def test_export(case: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
     """One program for any batch and size above twice the total stride."""
     model, x, y = case
     least = 2 * model.feature_info[-1]['reduction'] + 1
@@ -75,7 +80,7 @@ def test_export(case):
 
 
 @ALL
-def test_compile(case):
+def test_compile(case: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
     """One graph, without a break, for a whole network; what inductor makes of it is a test of its own."""
     model, x, y = case
     close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), y)
@@ -83,14 +88,14 @@ def test_compile(case):
 
 @pytest.mark.parametrize('name', [
     name if name == 'preresnet20_nl_proposed_k2' else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
-def test_inductor(case):
+def test_inductor(case: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
     model, x, y = case
     close(torch.compile(model, fullgraph=True)(x), y)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k3'])
-def test_gradients_through_inductor(case):
+def test_gradients_through_inductor(case: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
     """Of every parameter, in norm: which element rounding hits most differs from one order of summation to another."""
     model, x, _ = case
     with torch.enable_grad():
@@ -101,7 +106,7 @@ def test_gradients_through_inductor(case):
 
 
 @ALL
-def test_onnx(case, tmp_path):
+def test_onnx(case: tuple[Any, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
     """In onnxruntime, for a batch that was not there at export."""
     runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
     pytest.importorskip('onnxscript', reason='onnxscript is not installed')
@@ -117,9 +122,10 @@ def test_onnx(case, tmp_path):
 
 @pytest.mark.parametrize('affinity', AFFINITIES)
 @pytest.mark.parametrize('make', [NonlocalBlocks, NonlocalStage])
-def test_every_affinity(make, affinity):
+def test_every_affinity(make: type[NonlocalBlocks] | type[NonlocalStage], affinity: str) -> None:
     """Scripted, symbolically traced and exported, also with φ = θ and by the literal formula."""
-    for kwargs in [{}, {'symmetric': True}, *([{'merged': False}] if make is NonlocalStage else [])]:
+    options: list[dict[str, Any]] = [{}, {'symmetric': True}, *([{'merged': False}] if make is NonlocalStage else [])]
+    for kwargs in options:
         module, x = make(8, 2, affinity=affinity, **kwargs).eval(), torch.randn(2, 8, 4, 3)
         with torch.no_grad():
             y = module(x)

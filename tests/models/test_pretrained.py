@@ -6,6 +6,8 @@ None are trained yet, so a copy of the package gets random ones, and a process o
 import json
 import shutil
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -17,14 +19,14 @@ from tests.support.process import run
 from timm_nonlocal.models import pretrained
 
 
-def run_in(folder, code: str, **env):
+def run_in(folder: Path, code: str, **env: str) -> None:
     """Runs code in a process that imports the package from folder."""
     result = run('-W', 'ignore', '-c', textwrap.dedent(code), cwd=folder, env=env)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope='module')
-def weighted(tmp_path_factory):
+def weighted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two networks with weights: one with its default tag and a line in the index, one with its other tag alone."""
     folder = tmp_path_factory.mktemp('weighted')
     package_with_weights(folder, 'preresnet20_nl_proposed_k2.cifar10', 'preresnet20.cifar100', index={
@@ -47,7 +49,7 @@ HEAD = '''
 '''
 
 
-def test_timm_loads_what_is_in_the_package(weighted):
+def test_timm_loads_what_is_in_the_package(weighted: Path) -> None:
     run_in(weighted, HEAD + '''
     assert timm.list_pretrained('preresnet*') == ['preresnet20.cifar100', K2]
     for name in timm.list_pretrained('preresnet*'):
@@ -68,7 +70,7 @@ def test_timm_loads_what_is_in_the_package(weighted):
     ''')
 
 
-def test_the_default_tag_stays_the_papers(weighted):
+def test_the_default_tag_stays_the_papers(weighted: Path) -> None:
     """Also where the other one alone has weights; and what has none says so in one line that names what there is."""
     run_in(weighted, HEAD + '''
     model = timm.create_model('preresnet20')
@@ -80,7 +82,7 @@ def test_the_default_tag_stays_the_papers(weighted):
     ''')
 
 
-def test_torchvision_loads_the_same(weighted):
+def test_torchvision_loads_the_same(weighted: Path) -> None:
     run_in(weighted, HEAD + '''
     import copy, pickle, numpy
     from PIL import Image
@@ -113,7 +115,7 @@ def test_torchvision_loads_the_same(weighted):
     ''')
 
 
-def cached(cache, repo: str, files: dict) -> None:
+def cached(cache: Path, repo: str, files: dict) -> None:
     """Puts files into a folder as if huggingface_hub had downloaded them."""
     folder = cache / f'models--{repo.replace("/", "--")}'
     (folder / 'refs').mkdir(parents=True)
@@ -123,12 +125,12 @@ def cached(cache, repo: str, files: dict) -> None:
         shutil.copy(source, folder / 'snapshots' / ('0' * 40) / name)
 
 
-def test_the_hub_where_the_package_has_no_file(tmp_path):
+def test_the_hub_where_the_package_has_no_file(tmp_path: Path) -> None:
     """An id in the index is enough for pretrained=True and torchvision; hf-hub: reads config.json as well."""
     name, repo = 'preresnet20_nl_proposed_k2.cifar10', 'someone/preresnet20_nl_proposed_k2.cifar10'
     package_with_weights(tmp_path, index={name: {'hf_hub_id': repo}})
-    args = {'nl_args': {'symmetric': True}}
-    timm.models.save_for_hf(calibrated(name, **args), tmp_path / 'saved', model_args=args, safe_serialization=True)
+    args: dict[str, Any] = {'nl_args': {'symmetric': True}}
+    timm.models.save_for_hf(calibrated(name, **args), str(tmp_path / 'saved'), model_args=args, safe_serialization=True)
     cached(tmp_path / 'hub', 'someone/symmetric', {
         file: tmp_path / 'saved' / file for file in ('model.safetensors', 'config.json')})
     save_file(calibrated(name).state_dict(), tmp_path / 'model.safetensors')
@@ -148,20 +150,20 @@ def test_the_hub_where_the_package_has_no_file(tmp_path):
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved(tmp_path: Path) -> tuple[Any, Path]:
     """A network, and its folder as timm writes it for the Hub."""
     model = calibrated('preresnet20_nl_proposed_k2')
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     return model, tmp_path
 
 
 @pytest.mark.parametrize('way', ['file', 'state_dict', 'checkpoint_path', 'local-dir'])
-def test_weights_of_ones_own(saved, way):
+def test_weights_of_ones_own(saved: tuple[Any, Path], way: str) -> None:
     """The same logits; and for other classes and channels the same features."""
     model, folder = saved
     file = folder / 'model.safetensors'
 
-    def create(**kwargs):
+    def create(**kwargs: Any) -> Any:
         if way == 'local-dir':
             return timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs).eval()
         if way == 'checkpoint_path':
@@ -176,7 +178,7 @@ def test_weights_of_ones_own(saved, way):
         if way == 'checkpoint_path':  # timm loads a checkpoint as it is, into a network of its own shape
             with pytest.raises(RuntimeError, match='size mismatch for fc.weight'):
                 create(num_classes=5)
-            other = calibrated('preresnet20_nl_proposed_k2', (4, 1, 32, 32), num_classes=5, in_chans=1)
+            other: Any = calibrated('preresnet20_nl_proposed_k2', (4, 1, 32, 32), num_classes=5, in_chans=1)
             save_file(other.state_dict(), file)
             assert torch.equal(create(num_classes=5, in_chans=1)(x[:, :1]), other(x[:, :1]))
             return
@@ -188,13 +190,13 @@ def test_weights_of_ones_own(saved, way):
     assert timm.create_model('preresnet20_nl_proposed_k2', pretrained_cfg='cifar100').num_classes == 100
 
 
-def test_the_config_names_the_classes(saved):
+def test_the_config_names_the_classes(saved: tuple[Any, Path]) -> None:
     config = json.loads((saved[1] / 'config.json').read_text())
     assert config['architecture'] == 'preresnet20_nl_proposed_k2'
     assert config['pretrained_cfg']['label_names'][:2] == ['airplane', 'automobile']
 
 
-def test_unknown_tag():
+def test_unknown_tag() -> None:
     with pytest.raises(RuntimeError, match=r'^Invalid pretrained tag \(svhn\) for preresnet20\.$'):
         timm.create_model('preresnet20.svhn', pretrained=True)
 
@@ -202,7 +204,8 @@ def test_unknown_tag():
 @pytest.mark.parametrize(('files', 'default'), [
     ([], 'cifar10'), (['ft_cifar10'], 'ft_cifar10'), (['ft_cifar10', 'cifar10'], 'cifar10'),
     (['ft_cifar100', 'cifar100'], 'cifar10'), (['ft_cifar100', 'ft_cifar10'], 'ft_cifar10')])
-def test_without_a_tag_the_papers_recipe_then_fine_tuning(monkeypatch, tmp_path, files, default):
+def test_without_a_tag_the_papers_recipe_then_fine_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                          files: list[str], default: str) -> None:
     """Of the data set that the name stands for, whatever else has weights."""
     for tag in files:
         (tmp_path / f'net.{tag}.safetensors').write_bytes(b'')

@@ -1,6 +1,8 @@
 """Images from 4×4 to 224×224, square or not, one or several, and what happens where the affinity would not fit."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -15,9 +17,9 @@ from timm_nonlocal.layers.affinity import Affinity
 
 @pytest.mark.parametrize('name', ['preresnet20', 'preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k1x3'])
 @pytest.mark.parametrize('size', [(4, 4), (32, 32), (33, 47), (64, 16), (5, 80), (64, 64)])
-def test_any_size(name, size):
+def test_any_size(name: str, size: tuple[int, int]) -> None:
     """The features are a quarter of the image, rounded up, and one image alone gives what it gives among others."""
-    model = calibrated(name, (4, 3, *size))
+    model: Any = calibrated(name, (4, 3, *size))
     x = torch.randn(2, 3, *size)
     with torch.no_grad():
         y, features = model(x), model.forward_features(x)
@@ -26,7 +28,7 @@ def test_any_size(name, size):
 
 
 @pytest.mark.parametrize('features_only', [False, True])
-def test_imagenet_size(features_only):
+def test_imagenet_size(features_only: bool) -> None:
     """224×224 where the affinity costs nothing; with a full one it takes what docs/models.md says."""
     model = timm.create_model('preresnet20_nl_proposed_k2', nl_args={'affinity': 'uniform'},
                               features_only=features_only).eval()
@@ -36,16 +38,16 @@ def test_imagenet_size(features_only):
 
 
 @pytest.mark.parametrize('size', [(3, 32), (32, 3), (1, 1)])
-def test_too_small(size):
+def test_too_small(size: tuple[int, int]) -> None:
     message = f'an image of {size[0]}×{size[1]} pixels is too small: PreResNet takes 4×4 and larger'
-    model = timm.create_model('preresnet20_nl_proposed_k2').eval()
+    model: Any = timm.create_model('preresnet20_nl_proposed_k2').eval()
     for call in (model, model.forward_features, model.forward_intermediates):
         with pytest.raises(ValueError, match=f'^{message}$'):
             call(torch.randn(1, 3, *size))
 
 
 @pytest.fixture
-def little_memory(monkeypatch):
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, 'ASKED_FROM', 0)
     monkeypatch.setattr(memory, 'available', lambda device: 2.0 ** 20)
 
@@ -56,7 +58,7 @@ def little_memory(monkeypatch):
     lambda: NonlocalStage(8, 2, affinity='dot_product', merged=False),
     lambda: NonlocalBlock(8, affinity='concatenation'),
 ], ids=['plain', 'concatenation', 'dot_product', 'block'])
-def test_an_affinity_that_does_not_fit(make, little_memory):
+def test_an_affinity_that_does_not_fit(make: Callable[[], torch.nn.Module], little_memory: None) -> None:
     """One line with both figures, before anything is allocated, and batch-size finders know it for what it is."""
     module = make()
     assert module(torch.randn(1, 8, 16, 16)).shape == (1, 8, 16, 16)  # 2 × 256² × 4 bytes = 0.5 MiB
@@ -68,7 +70,7 @@ def test_an_affinity_that_does_not_fit(make, little_memory):
 
 
 @pytest.mark.skipif(not hasattr(Affinity, 'operator'), reason='no affinity is applied without its matrix yet')
-def test_the_options_that_the_message_names_make_no_matrix(little_memory):
+def test_the_options_that_the_message_names_make_no_matrix(little_memory: None) -> None:
     x = torch.randn(2, 8, 32, 32)
     with pytest.raises(torch.OutOfMemoryError) as error:
         NonlocalStage(8, merged=False)(x)
@@ -79,7 +81,7 @@ def test_the_options_that_the_message_names_make_no_matrix(little_memory):
             module(x)
 
 
-def test_the_documented_figures():
+def test_the_documented_figures() -> None:
     """A and K of one image in float32, by the side of the image."""
     text = ' '.join((ROOT / 'docs' / 'models.md').read_text().split())
     figures = re.findall(r'(\S+ .iB) at (\d+)×\2', text)
@@ -89,13 +91,13 @@ def test_the_documented_figures():
         assert figure == (f'{need / 2 ** 20:.0f} MiB' if need < 2 ** 30 else f'{need / 2 ** 30:.1f} GiB')
 
 
-def test_what_is_available():
+def test_what_is_available() -> None:
     assert 2 ** 20 < memory.available(torch.device('cpu')) < 2 ** 50
     assert memory.available(torch.device('meta')) == float('inf')
 
 
 @pytest.mark.gpu
-def test_what_is_available_on_a_gpu():
+def test_what_is_available_on_a_gpu() -> None:
     """Memory that torch keeps for itself counts as available."""
     before = memory.available(torch.device('cuda'))
     block = torch.empty(1 << 28, dtype=torch.uint8, device='cuda')

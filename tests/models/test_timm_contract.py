@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,11 @@ from timm.models import FeatureGraphNet
 from tests.support.networks import calibrated
 
 
-def gradients(model, x, enable):
+def gradients(model: Any, x: torch.Tensor, enable: bool) -> tuple[int, list[torch.Tensor]]:
     model.set_grad_checkpointing(enable)
     saved = 0
 
-    def count(tensor):
+    def count(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal saved
         saved += tensor.numel()
         return tensor
@@ -34,7 +35,7 @@ def gradients(model, x, enable):
 
 @pytest.mark.parametrize('features_only', [False, True])
 @pytest.mark.parametrize('name', ['preresnet20', 'preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k1x3'])
-def test_grad_checkpointing_changes_no_gradient_and_keeps_less(name, features_only):
+def test_grad_checkpointing_changes_no_gradient_and_keeps_less(name: str, features_only: bool) -> None:
     plain = timm.create_model(name, features_only=features_only).train()
     checkpointed = copy.deepcopy(plain)
     x = torch.randn(2, 3, 16, 16)
@@ -44,7 +45,7 @@ def test_grad_checkpointing_changes_no_gradient_and_keeps_less(name, features_on
         torch.testing.assert_close(a, b)
 
 
-def test_layer_decay_groups():
+def test_layer_decay_groups() -> None:
     """Every parameter has one scale, the stem the smallest, a nonlocal module that of its unit, the head 1."""
     model = timm.create_model('preresnet20_nl_proposed_k1x3')
     groups = timm.optim.param_groups_layer_decay(model, weight_decay=1e-4, layer_decay=0.5)
@@ -59,24 +60,24 @@ def test_layer_decay_groups():
     assert scale['norm.weight'] == scale['layer3.1.conv1.weight']
 
 
-def test_coarse_groups_are_the_stages():
-    model = timm.create_model('preresnet20_nl_proposed_k2')
+def test_coarse_groups_are_the_stages() -> None:
+    model: Any = timm.create_model('preresnet20_nl_proposed_k2')
     groups = timm.models.group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert [groups[f'{name}.weight'] for name in (
         'conv1', 'layer1.0.bn1', 'layer1.nl.phi', 'layer2.1.conv3', 'layer3.0.bn2', 'fc')] == [0, 1, 1, 2, 3, 4]
 
 
-def test_nothing_is_exempt_from_weight_decay():
-    model = timm.create_model('preresnet20_nl_proposed_k2')
+def test_nothing_is_exempt_from_weight_decay() -> None:
+    model: Any = timm.create_model('preresnet20_nl_proposed_k2')
     assert model.no_weight_decay() == set()
     groups = timm.optim.create_optimizer_v2(model, 'sgd', weight_decay=1e-4, filter_bias_and_bn=False).param_groups
     assert {group['weight_decay'] for group in groups} == {1e-4}
 
 
 @pytest.mark.parametrize(('pool', 'width'), [('avg', 256), ('max', 256), ('catavgmax', 512), ('fast', 256)])
-def test_head(pool, width):
+def test_head(pool: str, width: int) -> None:
     """Logits are what the classifier makes of what comes before it, whatever the pooling."""
-    model = calibrated('preresnet20_nl_proposed_k2', global_pool=pool)
+    model: Any = calibrated('preresnet20_nl_proposed_k2', global_pool=pool)
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         features = model.forward_features(x)
@@ -94,7 +95,8 @@ def test_head(pool, width):
         torch.testing.assert_close(model(x), features)
 
 
-def test_a_classifier_has_pooling_in_front_of_it():
+def test_a_classifier_has_pooling_in_front_of_it() -> None:
+    model: Any
     for model in (timm.create_model('preresnet20', num_classes=0, global_pool=''), timm.create_model('preresnet20')):
         before = dict(model.named_modules())
         with pytest.raises(ValueError, match="num_classes=5 with global_pool='': a classifier reads pooled features"):
@@ -110,8 +112,8 @@ def test_a_classifier_has_pooling_in_front_of_it():
         timm.create_model('preresnet20_nl_proposed_k2', global_pool='')
 
 
-def test_dropout_is_in_front_of_the_classifier_in_training_alone():
-    model = calibrated('preresnet20', drop_rate=0.5)
+def test_dropout_is_in_front_of_the_classifier_in_training_alone() -> None:
+    model: Any = calibrated('preresnet20', drop_rate=0.5)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x), model(x))
     features = model.forward_features(x)
@@ -123,11 +125,11 @@ FEATURES = [(16, 32), (64, 32), (128, 16), (256, 8)]
 
 
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
-def test_features_only_by_every_extractor(feature_cls):
+def test_features_only_by_every_extractor(feature_cls: str) -> None:
     """Stem and stages, raw, whichever of timm's extractors takes them."""
-    whole = calibrated('preresnet20_nl_proposed_k2')
+    whole: Any = calibrated('preresnet20_nl_proposed_k2')
     x = torch.randn(2, 3, 32, 32)
-    model = timm.create_model('preresnet20_nl_proposed_k2', features_only=True, feature_cls=feature_cls).eval()
+    model: Any = timm.create_model('preresnet20_nl_proposed_k2', features_only=True, feature_cls=feature_cls).eval()
     weights = whole.state_dict()
     model.load_state_dict({key: weights[re.sub(r'^(body|graph_module|model)\.', '', key)]
                            for key in model.state_dict()})
@@ -143,17 +145,18 @@ def test_features_only_by_every_extractor(feature_cls):
 
 
 @pytest.mark.parametrize('name', ['preresnet56_nl_original_k3', 'preresnet56_nl_proposed_k3'])
-def test_fx_features_round_as_the_network_does(name):
+def test_fx_features_round_as_the_network_does(name: str) -> None:
     """An untrained network in eval mode makes much of the last bit: equal to 1e-4 asks for the same operations."""
-    model, x = timm.create_model(name).eval(), torch.randn(16, 3, 32, 32)
+    model: Any = timm.create_model(name).eval()
+    x = torch.randn(16, 3, 32, 32)
     features = FeatureGraphNet(model, out_indices=(0, 1, 2, 3))
     with torch.no_grad():
         for actual, expected in zip(features(x), model.forward_intermediates(x, intermediates_only=True), strict=True):
             assert torch.equal(actual, expected)
 
 
-def test_intermediates_are_what_the_modules_give():
-    model = calibrated('preresnet20_nl_original_k1x3')
+def test_intermediates_are_what_the_modules_give() -> None:
+    model: Any = calibrated('preresnet20_nl_original_k1x3')
     x, seen = torch.randn(2, 3, 32, 32), {}
     for name in ('conv1', 'layer1', 'layer2', 'layer3', 'act'):
         model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))
@@ -175,8 +178,8 @@ def test_intermediates_are_what_the_modules_give():
 
 
 @pytest.mark.parametrize('index', range(4))
-def test_pruned_to_a_level(index):
-    model = calibrated('preresnet20_nl_proposed_k1x3')
+def test_pruned_to_a_level(index: int) -> None:
+    model: Any = calibrated('preresnet20_nl_proposed_k1x3')
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         _, maps = model.forward_intermediates(x)
@@ -188,7 +191,7 @@ def test_pruned_to_a_level(index):
 
 
 @pytest.mark.parametrize('name', ['preresnet20', 'preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k5'])
-def test_numerics(name):
+def test_numerics(name: str) -> None:
     """bfloat16, another memory order and another batch give the same logits, each as near as it can be."""
     model = calibrated(name)
     x = torch.randn(4, 3, 32, 32)
@@ -208,13 +211,13 @@ def test_numerics(name):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
-def test_dtype_on_construction(dtype):
+def test_dtype_on_construction(dtype: torch.dtype) -> None:
     model = timm.create_model('preresnet20_nl_proposed_k1x3', dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model(torch.randn(2, 3, 16, 16, dtype=dtype)).dtype == dtype
 
 
-def test_made_on_meta_and_filled_later():
+def test_made_on_meta_and_filled_later() -> None:
     model = calibrated('preresnet20_nl_proposed_k3', nl_args={'affinity': 'concatenation'})
     empty = timm.create_model('preresnet20_nl_proposed_k3', nl_args={'affinity': 'concatenation'}, device='meta')
     assert {t.device.type for t in [*empty.parameters(), *empty.buffers()]} == {'meta'}
@@ -225,9 +228,9 @@ def test_made_on_meta_and_filled_later():
 
 
 @pytest.mark.parametrize('tag', ['cifar10', 'cifar100', 'ft_cifar10', 'ft_cifar100'])
-def test_the_data_config_is_cifars(tag):
+def test_the_data_config_is_cifars(tag: str) -> None:
     """timm's own transform leaves a 32×32 image as it is, less the mean colour."""
-    model = timm.create_model(f'preresnet20.{tag}')
+    model: Any = timm.create_model(f'preresnet20.{tag}')
     config = timm.data.resolve_model_data_config(model)
     assert config['input_size'] == (3, 32, 32) and config['crop_pct'] == 1.0
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
@@ -239,8 +242,9 @@ def test_the_data_config_is_cifars(tag):
 
 
 @pytest.mark.cifar
-def test_the_labels_are_the_files(cifar_dir):
+def test_the_labels_are_the_files(cifar_dir: str) -> None:
     for tag, folder, key in (('cifar10', 'cifar-10-batches-py/batches.meta', 'label_names'),
                              ('cifar100', 'cifar-100-python/meta', 'fine_label_names')):
         with open(Path(cifar_dir) / folder, 'rb') as file:
-            assert timm.get_pretrained_cfg(f'preresnet20.{tag}').label_names == tuple(pickle.load(file)[key])
+            cfg = timm.get_pretrained_cfg(f'preresnet20.{tag}')
+            assert cfg and cfg.label_names == tuple(pickle.load(file)[key])

@@ -13,12 +13,12 @@ from tests.support.process import run
 from timm_nonlocal.models.preresnet import ARCHITECTURES
 
 
-def test_registered_names():
+def test_registered_names() -> None:
     assert list_models(include='preresnet*') == sorted(ARCHITECTURES) == list_models(module=timm_nonlocal.models)
 
 
 @pytest.mark.parametrize('name', ['preresnet20', 'preresnet56_nl_original_k1x3', 'preresnet20_nl_proposed_k5'])
-def test_the_same_network_as_timms(name):
+def test_the_same_network_as_timms(name: str) -> None:
     torch.manual_seed(0)
     model = get_model(name, weights=None)
     torch.manual_seed(0)
@@ -29,7 +29,7 @@ def test_the_same_network_as_timms(name):
     assert get_model_builder(name).__name__ == name
 
 
-def test_every_network_has_an_enum_of_its_own():
+def test_every_network_has_an_enum_of_its_own() -> None:
     enums = {name: get_model_weights(name) for name in ARCHITECTURES}
     assert len(set(enums.values())) == len(ARCHITECTURES)
     assert enums['preresnet20_nl_proposed_k5'].__name__ == 'PreResNet20_NL_Proposed_K5_Weights'
@@ -53,13 +53,13 @@ print(isinstance(new, timm_nonlocal.PreResNet), all(map(torch.equal, *gradients)
 """
 
 
-def test_the_package_can_be_imported_again():
+def test_the_package_can_be_imported_again() -> None:
     """As notebooks do; networks that were made before go on."""
     done = run('-W', 'ignore', '-c', AGAIN)
     assert (done.stdout, done.returncode) == ('True True\n', 0), done.stderr
 
 
-def test_bad_weights():
+def test_bad_weights() -> None:
     with pytest.raises(ValueError, match="^PreResNet20_Weights has no 'IMAGENET1K_V1'; it has "):
         get_model('preresnet20', weights='IMAGENET1K_V1')
     with pytest.raises(TypeError, match='expected PreResNet20_Weights'):

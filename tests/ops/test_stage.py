@@ -1,6 +1,8 @@
 """The stage's operator against the plain path in float64, on inputs drawn anew in every run."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,24 +32,24 @@ DEVICES = pytest.mark.parametrize('device', ['cpu', GPU])
 
 
 @pytest.fixture(autouse=True)
-def fresh(seeded):
+def fresh(seeded: None) -> None:
     """Replaces the fixed seed by a new one, which a failing test shows."""
     print('torch.manual_seed', torch.seed())
 
 
-def scaled(module, x, largest):
+def scaled(module: Any, x: torch.Tensor, largest: float) -> None:
     """Sets the scale so that the largest logit in magnitude is as asked."""
     q, k = copy.deepcopy(module).double().embed(x.double().flatten(2).transpose(1, 2))
     module.affinity.scale = largest / (q @ k.transpose(1, 2)).abs().max().item()
 
 
-def compared(module, x):
+def compared(module: NonlocalBlock | NonlocalStage, x: torch.Tensor) -> Any:
     """Outputs and gradients: ours, those with A written out, and those of float64."""
     dz = torch.randn_like(x)
     return outputs(module, x, dz), outputs(written_out(module), x, dz), reference(module, x, dz)
 
 
-def assert_accurate(module, x):
+def assert_accurate(module: NonlocalBlock | NonlocalStage, x: torch.Tensor) -> None:
     ours, plain, expected = compared(module, x)
     most = bound(x.dtype, plain, expected)
     for name, error, bounded in zip(('Z', 'dX', 'dW'), errors(ours, expected), most, strict=True):
@@ -60,7 +62,8 @@ def assert_accurate(module, x):
 @pytest.mark.parametrize(('shape', 'k'), [
     ((2, C, 16, 16), 5), ((2, C, 16, 16), 1), ((3, C, 7, 11), 2), ((1, C, 33, 31), 3),
     ((2, C, 16, 16), None), ((3, C, 7, 11), None)])
-def test_accuracy(device, dtype, logits, shape, k):
+def test_accuracy(device: str, dtype: torch.dtype, logits: float | None, shape: tuple[int, int, int, int],
+                  k: int | None) -> None:
     """k sub-blocks; none stands for the original block. Where one rounding decides a row, means over draws count."""
     found = []
     for _ in range(12 if logits and dtype == torch.bfloat16 else 1):
@@ -78,7 +81,7 @@ def test_accuracy(device, dtype, logits, shape, k):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('options', [dict(symmetric=True), dict(affinity='gaussian', scale=0.02),
                                      dict(inner_dim=20), dict(affinity='gaussian', scale=0.02, inner_dim=80)], ids=str)
-def test_accuracy_of_options(device, dtype, options):
+def test_accuracy_of_options(device: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     for module in (NonlocalStage(C, 3, **options), NonlocalBlock(C, **options)):
         assert_accurate(module.to(device, dtype), torch.randn(2, C, 9, 10, dtype=dtype, device=device))
 
@@ -89,7 +92,9 @@ def test_accuracy_of_options(device, dtype, options):
     lambda: NonlocalStage(C, 5), lambda: NonlocalStage(C, 1), lambda: NonlocalStage(C, 3, symmetric=True),
     lambda: NonlocalBlock(C), lambda: NonlocalBlock(C, symmetric=True)],
     ids=['k = 5', 'k = 1', 'k = 3, shared', 'block', 'block, shared'])
-def test_autocast_errs_no_more_than_with_the_affinity_written_out(device, make, size):
+def test_autocast_errs_no_more_than_with_the_affinity_written_out(device: str,
+                                                                  make: Callable[[], NonlocalBlock | NonlocalStage],
+                                                                  size: float) -> None:
     """Against float64, never more than 1.3 times as much, in every output and gradient; of large logits, the mean."""
     found = []
     for _ in range(6 if size > 1 else 1):
@@ -104,7 +109,7 @@ def test_autocast_errs_no_more_than_with_the_affinity_written_out(device, make, 
 @DEVICES
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', [(2, C, 1, 1), (2, C, 16, 16)], ids=['one position', 'all equal'])
-def test_inputs_without_differences(device, dtype, shape):
+def test_inputs_without_differences(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     """Zᵏ = X, dX = dZ summed as eq. (8) has it, and no weight matters: errors are measured against what is summed."""
     module = NonlocalStage(C, 3).to(device, dtype)
     x = torch.randn(*shape[:2], 1, 1, dtype=dtype, device=device).expand(shape).contiguous()
@@ -118,7 +123,7 @@ def test_inputs_without_differences(device, dtype, shape):
 @DEVICES
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('size', [1e-30, 1e3, 1e6, 1e9])
-def test_no_nan_where_the_logits_are_finite(device, dtype, size):
+def test_no_nan_where_the_logits_are_finite(device: str, dtype: torch.dtype, size: float) -> None:
     """As long as attention's gradients made A from the logarithm of its row sums, the block's were NaN from 1e6 on."""
     for module in (NonlocalStage(C, 2), NonlocalBlock(C)):
         x = (torch.randn(2, C, 32, 32, device=device) * size).to(dtype)
@@ -129,7 +134,8 @@ def test_no_nan_where_the_logits_are_finite(device, dtype, size):
 @pytest.mark.parametrize('block', [1, 5000, 1 << 22])
 @pytest.mark.parametrize('reuse', [0, 1 << 26])
 @pytest.mark.parametrize('positions', [(4, 5), (10, 13)])
-def test_blocks_of_rows_and_chunks_of_images(monkeypatch, block, reuse, positions):
+def test_blocks_of_rows_and_chunks_of_images(monkeypatch: pytest.MonkeyPatch, block: int, reuse: int,
+                                             positions: tuple[int, int]) -> None:
     monkeypatch.setitem(products.BLOCK_BYTES, 'cpu', block)
     monkeypatch.setitem(products.REUSE_BYTES, 'cpu', reuse)
     assert_accurate(NonlocalStage(C, 3).double(), torch.randn(5, C, *positions, dtype=torch.float64))
@@ -137,9 +143,9 @@ def test_blocks_of_rows_and_chunks_of_images(monkeypatch, block, reuse, position
 
 @pytest.mark.parametrize('logits', [5.0, 100.0])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_products_of_low_precision_operands(dtype, logits):
+def test_products_of_low_precision_operands(dtype: torch.dtype, logits: float) -> None:
     """What a GPU without Triton does: operands in 16 bits, sums in float32, H and A rounded."""
-    def low_precision(*args):
+    def low_precision(*args: Any) -> products.ProductBackend:
         backend = products.ProductBackend(*args)
         backend.dtype, backend.sums, backend.one_by_one = dtype, torch.float32, False
         return backend
@@ -151,12 +157,17 @@ def test_products_of_low_precision_operands(dtype, logits):
 
 
 @pytest.mark.parametrize('k', [1, 5])
-def test_what_is_kept_for_the_backward_pass(k):
+def test_what_is_kept_for_the_backward_pass(k: int) -> None:
     """No M×M matrix, and where asked nothing but x and the weights."""
     x = torch.randn(1, C, 32, 32, requires_grad=True)
     for recompute in (False, True):
-        module, kept = NonlocalStage(C, k, recompute=recompute), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z.numel()) or z, lambda z: z):  # noqa: B023
+        module, kept = NonlocalStage(C, k, recompute=recompute), list[int]()
+
+        def keep(z: torch.Tensor, kept: list[int] = kept) -> torch.Tensor:
+            kept.append(z.numel())
+            return z
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda z: z):
             module(x)
         weights = sum(p.numel() for p in module.parameters())
         assert max(kept) < 1024 ** 2
@@ -164,7 +175,7 @@ def test_what_is_kept_for_the_backward_pass(k):
 
 
 @pytest.mark.parametrize('limit', [1, 1 << 20, 1 << 30])
-def test_recomputing_changes_nothing(monkeypatch, limit):
+def test_recomputing_changes_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     monkeypatch.setattr('timm_nonlocal.ops.stage.RECOMPUTE_BYTES', limit)
     module, x = NonlocalStage(C, 3), torch.randn(5, C, 6, 6)
     dz = torch.randn_like(x)
@@ -174,12 +185,12 @@ def test_recomputing_changes_nothing(monkeypatch, limit):
         assert relative(a, b.double()) < 1e-6
 
 
-def test_one_closing_pass_whatever_k_is(monkeypatch):
+def test_one_closing_pass_whatever_k_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the products of the backward pass, two give an M×M matrix: A again, and dA."""
     square = []
     product = products.ProductBackend._product
 
-    def counted(self, a, b, *args, **kwargs):
+    def counted(self: Any, a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = product(self, a, b, *args, **kwargs)
         square.append(result.shape[1:] == (64, 64))
         return result
@@ -192,7 +203,7 @@ def test_one_closing_pass_whatever_k_is(monkeypatch):
         assert sum(square) == 2
 
 
-def test_operations_are_counted():
+def test_operations_are_counted() -> None:
     """Forward as in test_preresnet; the backward pass makes A again and does everything else twice."""
     b, m, c, k = 2, 64, 32, 3
     logits, applied, inner = b * m * m * c, b * m * m * c * k, k * (k - 1) // 2 * c * c * (b * m + C)
@@ -208,14 +219,14 @@ def test_operations_are_counted():
 
 @pytest.mark.parametrize('formulation', ['proposed', 'original'])
 @pytest.mark.parametrize('embeddings', [0, 1, 2])
-def test_second_derivatives(formulation, embeddings):
+def test_second_derivatives(formulation: str, embeddings: int) -> None:
     """Of gradients that keep their graph, with respect to the input and to every weight."""
     torch.manual_seed(0)
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     weights = [torch.randn(3, 6, dtype=torch.float64) for _ in range(embeddings + 2)]
     outer = [torch.randn(6, 3, dtype=torch.float64) for _ in range(2)]
 
-    def function(x, *weights):
+    def function(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         *maps, g0, g1, z0, z1 = weights
         return nonlocal_stage(x, maps, [g0, g1], [z0, z1], scale=0.3, formulation=formulation)
 
@@ -227,13 +238,13 @@ def test_second_derivatives(formulation, embeddings):
     torch.testing.assert_close(gradient, plain)
 
 
-def test_one_dtype():
+def test_one_dtype() -> None:
     with pytest.raises(TypeError, match=r'x is torch\.float64 and the weights are torch\.float32: use autocast'):
         NonlocalStage(C, 2)(torch.randn(1, C, 4, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize('backend', ['triton', 'cudnn'])
-def test_a_backend_that_does_not_run_here_is_refused(backend):
+def test_a_backend_that_does_not_run_here_is_refused(backend: str) -> None:
     x, weight = torch.randn(1, 4, 8), torch.randn(8, 8)
     assert torch.equal(*(nonlocal_stage(x, [], [weight], [weight], 1.0, backend=able) for able in ('products', None)))
     assert not can_run(backend, x.device, x.dtype, 8, 8)
@@ -246,7 +257,7 @@ def test_a_backend_that_does_not_run_here_is_refused(backend):
 @DEVICES
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('make', [lambda: NonlocalStage(C, 3), lambda: NonlocalBlock(C)], ids=['stage', 'block'])
-def test_autocast(device, dtype, make):
+def test_autocast(device: str, dtype: torch.dtype, make: Callable[[], NonlocalBlock | NonlocalStage]) -> None:
     """The result has x's dtype or wider, as on the plain path, and the gradients those of what they belong to."""
     module, x = make().to(device), torch.randn(2, C, 8, 8, dtype=dtype, device=device, requires_grad=True)
     expected = reference(module, x, torch.ones_like(x))
@@ -255,8 +266,10 @@ def test_autocast(device, dtype, make):
         module.merged = False
         assert z.dtype == module(x).dtype == dtype
     z.sum().backward()
-    assert x.grad.dtype == dtype and all(p.grad.dtype == torch.float32 for p in module.parameters())
-    got = z.detach(), x.grad, torch.cat([p.grad.flatten() for p in module.parameters()])
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    assert x.grad is not None and x.grad.dtype == dtype and len(gradients) == len([*module.parameters()])
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    got = z.detach(), x.grad, torch.cat([gradient.flatten() for gradient in gradients])
     for a, b in zip(got, expected, strict=True):
         assert relative(a, b) <= 2e-2  # Q and K are rounded, and the sum of dZ is what it is
 
@@ -264,7 +277,7 @@ def test_autocast(device, dtype, make):
 @DEVICES
 @pytest.mark.parametrize('reentrant', [False, True])
 @pytest.mark.parametrize('recompute', [False, True])
-def test_gradient_checkpointing(device, reentrant, recompute):
+def test_gradient_checkpointing(device: str, reentrant: bool, recompute: bool) -> None:
     module, x = NonlocalStage(C, 3, recompute=recompute).to(device), torch.randn(2, C, 6, 6, device=device)
     x.requires_grad_()
     wanted = [x, *module.parameters()]
@@ -279,7 +292,8 @@ def test_gradient_checkpointing(device, reentrant, recompute):
 
 @pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize('fmt', [torch.contiguous_format, torch.channels_last])
-def test_inference_gives_the_same_and_keeps_the_memory_format(context, fmt):
+def test_inference_gives_the_same_and_keeps_the_memory_format(context: type[torch.inference_mode] | type[torch.no_grad],
+                                                              fmt: torch.memory_format) -> None:
     module, x = NonlocalStage(C, 3), torch.randn(2, C, 6, 7).to(memory_format=fmt)
     expected = module(x)
     with context():
@@ -287,25 +301,26 @@ def test_inference_gives_the_same_and_keeps_the_memory_format(context, fmt):
     assert torch.equal(z, expected) and z.is_contiguous(memory_format=fmt)
 
 
-def test_frozen_weights():
+def test_frozen_weights() -> None:
     """Gradients for some of the inputs only."""
     module, x = NonlocalStage(C, 2), torch.randn(1, C, 4, 4)
     module.theta.requires_grad_(False)
     module(x).sum().backward()
-    assert module.theta.weight.grad is None and module.phi.weight.grad is not None and x.grad is None
+    assert module.theta and module.theta.weight.grad is None and x.grad is None
+    assert module.phi and module.phi.weight.grad is not None
 
 
-def test_no_image():
+def test_no_image() -> None:
     x = torch.randn(0, C, 4, 4, requires_grad=True)
     z = NonlocalStage(C, 2)(x)
     z.sum().backward()
-    assert z.shape == x.grad.shape == x.shape
+    assert x.grad is not None and z.shape == x.grad.shape == x.shape
 
 
 @DEVICES
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('formulation', ['original', 'proposed'])
-def test_operator_is_well_formed(device, recompute, formulation):
+def test_operator_is_well_formed(device: str, recompute: bool, formulation: str) -> None:
     """Schema, shapes of fake tensors, autograd registration and compilation, as torch checks them."""
     w_in, w_out = (torch.randn(shape, device=device, requires_grad=True) for shape in ((4 * 8, 16), (16, 2 * 8)))
     x = torch.randn(3, 5, 16, device=device, requires_grad=True)
@@ -315,16 +330,16 @@ def test_operator_is_well_formed(device, recompute, formulation):
 
 @pytest.mark.parametrize('module', [NonlocalStage(C, 3), NonlocalStage(C, 2, recompute=True), NonlocalBlock(C),
                                     NonlocalStage(C, 2, affinity='positive_dot_product')], ids=str)
-def test_compile(module):
+def test_compile(module: torch.nn.Module) -> None:
     """In one graph, with batches of two sizes."""
-    compiled = torch.compile(module, backend='aot_eager', fullgraph=True)
+    compiled: Any = torch.compile(module, backend='aot_eager', fullgraph=True)
     for batch in (2, 3):
         x = torch.randn(batch, C, 6, 6)
         for a, b in zip(outputs(compiled, x, torch.ones_like(x)), outputs(module, x, torch.ones_like(x)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_compile_with_any_widths():
+def test_compile_with_any_widths() -> None:
     """The backend is chosen while the graph is made, whose sizes are symbols then."""
     compiled = torch.compile(nonlocal_stage, backend='aot_eager', fullgraph=True, dynamic=True)
     for c in (8, 12):
@@ -334,7 +349,8 @@ def test_compile_with_any_widths():
 
 @pytest.mark.parametrize('affinity', ['embedded_gaussian', 'dot_product', 'positive_dot_product', 'uniform'])
 @pytest.mark.parametrize('make', [NonlocalStage, NonlocalBlock])
-def test_graphs_for_other_runtimes_hold_plain_operators(make, affinity):
+def test_graphs_for_other_runtimes_hold_plain_operators(make: type[NonlocalBlock] | type[NonlocalStage],
+                                                        affinity: str) -> None:
     module, x = make(C, affinity=affinity).eval(), torch.randn(2, C, 6, 6)
     expected = module(x)
     exported = torch.export.export(module, (x,))
@@ -345,7 +361,7 @@ def test_graphs_for_other_runtimes_hold_plain_operators(make, affinity):
         assert 'timm_nonlocal::' not in str(graph) and 'timm_nonlocal.stage' not in str(graph)
 
 
-def test_symbolic_tracing_writes_the_plain_formulas():
+def test_symbolic_tracing_writes_the_plain_formulas() -> None:
     """So that the traced graph can be scripted."""
     module, x = NonlocalStage(C, 2), torch.randn(2, C, 3, 4)
     traced = torch.fx.symbolic_trace(module)
@@ -354,7 +370,7 @@ def test_symbolic_tracing_writes_the_plain_formulas():
 
 
 @pytest.mark.parametrize('affinity', ['dot_product', 'positive_dot_product', 'uniform', 'identity'])
-def test_linear_memory(affinity):
+def test_linear_memory(affinity: str) -> None:
     """M = 50,176, where one M×M matrix would take 10 GB: a step allocates less than 0.5 GB for the stage of k = 2."""
     module = NonlocalStage(8, 2, affinity=affinity)
     x = torch.randn(1, 8, 224, 224, requires_grad=True)
@@ -364,7 +380,7 @@ def test_linear_memory(affinity):
     assert 0 < allocated < 5e8
 
 
-def test_triton_kernels_through_the_interpreter():
+def test_triton_kernels_through_the_interpreter() -> None:
     """`test_triton_backend.py` on the CPU, where Triton is there."""
     pytest.importorskip('triton')
     environment = {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}  # many small products

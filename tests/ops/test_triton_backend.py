@@ -5,6 +5,8 @@ The interpreter must be chosen before Triton is imported, so `test_stage.py` run
 
 import copy
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +24,13 @@ CASES = [*((dtype, 5.0, False, 'proposed') for dtype in DTYPES), (torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def fresh(seeded):
+def fresh(seeded: None) -> None:
     """Replaces the fixed seed by a new one, which a failing test shows."""
     print('torch.manual_seed', torch.seed())
 
 
 @pytest.fixture(autouse=True, scope='module')
-def a_better_interpreter():
+def a_better_interpreter() -> Iterator[None]:
     """The interpreter cuts bfloat16 off where a GPU rounds to nearest, and multiplies its bits as whole numbers; up to
     Triton 3.6 it takes an array of one number for a number, which newer numpy refuses.
     """
@@ -40,17 +42,17 @@ def a_better_interpreter():
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
     cast, dot, prepare = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, interpreter._patch_lang_tensor
 
-    def rounding_cast(self, source, to):
+    def rounding_cast(self: Any, source: Any, to: Any) -> Any:
         if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
             return cast(self, source, to)
         rounded = torch.from_numpy(source.data.copy()).to(torch.bfloat16)
         return TensorHandle(rounded.view(torch.uint16).numpy(), to.scalar)
 
-    def wide_dot(self, a, b, *others):
+    def wide_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
         a, b = (cast(self, z, tl.float32) if z.dtype.scalar == tl.bfloat16 else z for z in (a, b))
         return dot(self, a, b, *others)
 
-    def prepare_with_index(tensor, *scope):
+    def prepare_with_index(tensor: Any, *scope: Any) -> None:
         prepare(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.squeeze())
 
@@ -61,7 +63,7 @@ def a_better_interpreter():
         yield
 
 
-def run_triton(*operands, deterministic=False, **sizes):
+def run_triton(*operands: torch.Tensor, deterministic: bool = False, **sizes: Any) -> Any:
     """H, dQ, dK and dG⁰."""
     from timm_nonlocal.ops.triton_backend import TritonBackend
     torch.use_deterministic_algorithms(deterministic)
@@ -71,7 +73,7 @@ def run_triton(*operands, deterministic=False, **sizes):
         torch.use_deterministic_algorithms(False)
 
 
-def draw(dtype, images, positions, width=32, k=2):
+def draw(dtype: torch.dtype, images: int, positions: int, width: int = 32, k: int = 2) -> Any:
     """Q, K and G⁰ side by side, T, dH."""
     return draw_operands(dtype, DEVICE, images=images, positions=positions, dim=width, inner=width, k=k, logits=1.0)[:3]
 
@@ -85,11 +87,12 @@ def draw(dtype, images, positions, width=32, k=2):
     (1, 33, 16, 40, 6),  # too many maps to hold
     (1, 33, 128, 128, 2),
 ])
-def test_accuracy(case, images, positions, dim, inner, k):
+def test_accuracy(case: tuple[torch.dtype, float, bool, str], images: int, positions: int, dim: int, inner: int,
+                  k: int) -> None:
     dtype, logits, deterministic, formulation = case
     *operands, scale = draw_operands(
         dtype, DEVICE, images=images, positions=positions, dim=dim, inner=inner, k=k, logits=logits)
-    sizes = dict(dim=dim, inner=inner, scale=scale, formulation=formulation)
+    sizes: dict[str, Any] = dict(dim=dim, inner=inner, scale=scale, formulation=formulation)
     plain, expected = (backend_written_out(*operands, **sizes, dtype=kind) for kind in (dtype, torch.float64))
     got = run_triton(*operands, **sizes, deterministic=deterministic)
     for name, error, most in zip(('H', 'dQ', 'dK', 'dG'), errors(got, expected), bound(dtype, plain, expected),
@@ -97,7 +100,7 @@ def test_accuracy(case, images, positions, dim, inner, k):
         assert error <= most, name
 
 
-def test_deterministic_runs_agree_in_every_bit():
+def test_deterministic_runs_agree_in_every_bit() -> None:
     operands = draw(torch.bfloat16, 2, 100)
     first, second = (run_triton(*operands, dim=32, inner=32, scale=0.2, deterministic=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -105,7 +108,7 @@ def test_deterministic_runs_agree_in_every_bit():
 
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('positions', [1, 96])
-def test_inputs_without_differences(dtype, positions):
+def test_inputs_without_differences(dtype: torch.dtype, positions: int) -> None:
     """H = 0; the errors of what is zero are measured against what cancels."""
     projected, t, dh = draw(dtype, 2, positions)
     projected[:] = projected[:, :1]
@@ -118,7 +121,7 @@ def test_inputs_without_differences(dtype, positions):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_constants_are_fixed_points(dtype):
+def test_constants_are_fixed_points(dtype: torch.dtype) -> None:
     """A rounded to 16 bits still has rows that sum to one: where G is constant, H vanishes as in float32."""
     projected, t, dh = draw(dtype, 1, 100, k=1)
     projected[:, :, 64:] = projected[:, :1, 64:]
@@ -128,7 +131,7 @@ def test_constants_are_fixed_points(dtype):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16] + [torch.float32] * INTERPRETED)
 @pytest.mark.parametrize('size', [1e-30, 1e6, 1e15])
-def test_no_nan_where_the_logits_are_finite(dtype, size):
+def test_no_nan_where_the_logits_are_finite(dtype: torch.dtype, size: float) -> None:
     projected, t, dh = draw(dtype, 1, 40, width=16)
     projected[:, :, :32] *= size
     projected[:, 3] = 0
@@ -137,7 +140,7 @@ def test_no_nan_where_the_logits_are_finite(dtype, size):
 
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('options', [dict(), dict(symmetric=True), dict(affinity='gaussian', scale=0.02)], ids=str)
-def test_block_and_stage(monkeypatch, recompute, options):
+def test_block_and_stage(monkeypatch: pytest.MonkeyPatch, recompute: bool, options: dict[str, Any]) -> None:
     """The whole operator with this backend, some images at a time."""
     from timm_nonlocal import NonlocalBlock, NonlocalStage
     from timm_nonlocal.ops import stage

@@ -6,6 +6,7 @@ What they compute is tested in test_triton_backend.py.
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +25,13 @@ IN_FLOAT32 = {'row_stats_ptr', 'delta_ptr'}
 CLOSING = {'K': 5, 'HOLD': True}
 
 
-def compiled(kernel, tile, width, even, **constants):
+def compiled(kernel: Any, tile: Any, width: int, even: bool, **constants: Any) -> Any:
     """A kernel for bfloat16, with the alignments that torch's tensors have."""
     own, step, warps, stages = tile
     constants |= dict(D=width, C=width, BLOCK_D=width, BLOCK_C=width, OWN=own, STEP=step, EVEN=even)
     float32 = IN_FLOAT32 | ({'dq_ptr'} if constants.get('ATOMIC') else set())
 
-    def type_of(name):
+    def type_of(name: str) -> str:
         if name in constants:
             return 'constexpr'
         if name.endswith('_ptr'):
@@ -56,7 +57,7 @@ def compiled(kernel, tile, width, even, **constants):
     (kernels.close_queries, CLOSING)],
     ids=['first', 'apply', 'original', 'transposed', 'original transposed', 'keys', 'keys, deterministic', 'queries'])
 @pytest.mark.parametrize('even', [True, False], ids=['even', 'odd'])
-def test_compiles_for_hopper(tmp_path, kernel, constants, even):
+def test_compiles_for_hopper(tmp_path: Path, kernel: Any, constants: dict[str, Any], even: bool) -> None:
     """The tile of the paper's networks (C' = 32), which is the first in the list."""
     binary = compiled(kernel, TILES[kernel][64][0], 32, even, **constants)
     assert 'wgmma.mma_async' in binary.asm['ptx'] and binary.metadata.shared <= SHARED
@@ -67,7 +68,7 @@ def test_compiles_for_hopper(tmp_path, kernel, constants, even):
 
 
 @pytest.mark.parametrize('kernel', TILES, ids=lambda kernel: kernel.fn.__name__)
-def test_some_tile_of_wide_blocks_fits(kernel):
+def test_some_tile_of_wide_blocks_fits(kernel: Any) -> None:
     """D = C' = 128, two sub-blocks."""
     constants = dict(K=2, HOLD=False) if 'K' in kernel.arg_names else dict(FIRST=False, LAST=False, PROPOSED=True)
     constants |= dict(ATOMIC=True) if 'ATOMIC' in kernel.arg_names else {}

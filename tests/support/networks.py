@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -13,7 +14,7 @@ import timm_nonlocal  # noqa: F401 (it registers the networks)
 from tests.support.process import ROOT
 
 
-def calibrated(name: str, shape: tuple[int, ...] = (4, 3, 32, 32), **kwargs) -> nn.Module:
+def calibrated(name: str, shape: tuple[int, ...] = (4, 3, 32, 32), **kwargs: Any) -> nn.Module:
     """A fresh network in eval mode with the BN statistics of random images, so that its logits are of order 1."""
     model = timm.create_model(name, **kwargs).train()
     for module in model.modules():

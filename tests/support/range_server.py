@@ -6,6 +6,7 @@ Standard library only; it counts requests and the bytes of their bodies.
 import json
 import re
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -126,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(**options: Any):
+def serving(**options: Any) -> Iterator[RangeServer]:
     """A `RangeServer` on 127.0.0.1, at a port of its own."""
     hub = RangeServer(**options)
     server = ThreadingHTTPServer(('127.0.0.1', 0), type('Bound', (Handler,), {'hub': hub}))

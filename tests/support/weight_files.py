@@ -41,7 +41,7 @@ def made_up(architecture: str = 'preresnet20', dataset: str = 'cifar10', seed: i
 class Project:
     """The copy; `root` is its top. Its commands run as a user runs them, in processes of their own."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path) -> None:
         self.root = root
 
     @classmethod
@@ -129,7 +129,7 @@ for line in sys.stdin:
 """
 
     def __init__(self, setup: str, code: str, env: dict[str, str], cwd: Path, python: str = sys.executable,
-                 wrapper: tuple[str, ...] = ()):
+                 wrapper: tuple[str, ...] = ()) -> None:
         program = self.LOOP.format(setup=setup, code=code.replace('\n', '\n        '))
         self.process = subprocess.Popen([*wrapper, python, '-c', program], cwd=cwd, env=env, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)

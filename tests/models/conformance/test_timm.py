@@ -26,7 +26,7 @@ PRETRAINED = {'test_model_load_pretrained', 'test_model_features_pretrained'}
 
 
 @pytest.fixture(scope='session')
-def timm_tests(request) -> Path:
+def timm_tests(request: pytest.FixtureRequest) -> Path:
     """The folder of timm's tests, fetched once and kept in pytest's cache; skips where pip cannot have it."""
     cache = request.config.cache.mkdir('timm-sdist')
     folder = cache / f'timm-{timm.__version__}' / 'tests'
@@ -63,7 +63,7 @@ def passed(timm_tests: Path, folder: Path, architectures: list[str]) -> dict[str
     tests: dict[str, set[str]] = {}
     for case in ElementTree.parse(report).iter('testcase'):
         assert case.find('skipped') is None, case.attrib
-        test, _, parameters = case.get('name').partition('[')
+        test, _, parameters = case.attrib['name'].partition('[')
         tests.setdefault(parameters.rstrip(']').split('-')[-1], set()).add(test)
     return tests
 
@@ -84,11 +84,11 @@ def check(timm_tests: Path, folder: Path, architectures: list[str]) -> None:
     assert not tests
 
 
-def test_timms_own_tests(timm_tests, tmp_path):
+def test_timms_own_tests(timm_tests: Path, tmp_path: Path) -> None:
     check(timm_tests, tmp_path, [
         'preresnet20', 'preresnet20_nl_original_k2', 'preresnet20_nl_proposed_k3', 'preresnet20_nl_proposed_k1x3'])
 
 
 @pytest.mark.slow
-def test_timms_own_tests_on_all_models(timm_tests, tmp_path):
+def test_timms_own_tests_on_all_models(timm_tests: Path, tmp_path: Path) -> None:
     check(timm_tests, tmp_path, [*ARCHITECTURES, *timm.list_models(module='resnet_nl')])

@@ -8,7 +8,9 @@ pretrained weights those are tested whose weights are in the package, so that no
 """
 
 import os
+from typing import Any
 
+import pytest
 import timm
 
 before = set(timm.list_models())
@@ -21,27 +23,28 @@ if 'TIMM_NONLOCAL_MODELS' in os.environ:
 list_all_models = timm.list_models
 
 
-def list_models(filter='', module='', pretrained=False, **kwargs):
+def list_models(filter: str = '', module: str = '', pretrained: bool = False, **kwargs: Any) -> list[str]:
     names = [name for name in list_all_models(filter, pretrained=pretrained, **kwargs) if name.split('.')[0] in OURS]
-    return [name for name in names if not pretrained or timm.get_pretrained_cfg(name).file]
+    return [name for name in names if not pretrained or ((cfg := timm.get_pretrained_cfg(name)) and cfg.file)]
 
 
-timm.list_models = list_models
-timm.list_pretrained = lambda *args, **kwargs: list_models(*args, pretrained=True, include_tags=True, **kwargs)
+timm.list_models = list_models  # type: ignore[assignment]  # the other parameters of timm's pass through kwargs
+timm.list_pretrained = lambda *args, **kwargs: list_models(  # type: ignore[misc]  # no third argument is positional
+    *args, pretrained=True, include_tags=True, **kwargs)
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     for marker in ('base', 'forward', 'backward', 'cfg', 'cfg_nonstd', 'torchscript', 'features', 'fxforward',
                    'fxbackward', 'timeout'):
         config.addinivalue_line('markers', f'{marker}: of timm')
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out the tests of timm's own models by name."""
     ours = [item for item in items if _model(item) in OURS]
     config.hook.pytest_deselected(items=[item for item in items if _model(item) not in OURS])
     items[:] = ours
 
 
-def _model(item) -> str:
+def _model(item: pytest.Item) -> str:
     return str(getattr(getattr(item, 'callspec', None), 'params', {}).get('model_name')).split('.')[0]

@@ -66,7 +66,7 @@ class HubDouble:
         xet: announce Xet storage for large files; otherwise they go by LFS.
     """
 
-    def __init__(self, xet: bool = False):
+    def __init__(self, xet: bool = False) -> None:
         self.store, self.xet = Store(), XetStorage() if xet else None
         self.log: list[Request] = []
         self.faults: list[Fault] = []

@@ -9,7 +9,7 @@ class Refused(Exception):
     """An answer that is an error: its status, its message, the Hub's `X-Error-Code`, and more headers or body."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None,
-                 **body: str):
+                 **body: str) -> None:
         super().__init__(message)
         self.status, self.code, self.headers, self.body = status, code, headers or {}, {'error': message, **body}
 
