@@ -68,9 +68,8 @@ def project(small_cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Proj
 
 
 @pytest.fixture(scope='session')
-def published(project: Project,
-              tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubDouble, CompletedProcess[str],
-              list[Request]]]:
+def published(project: Project, tmp_path_factory: pytest.TempPathFactory
+              ) -> Iterator[tuple[HubDouble, CompletedProcess[str], list[Request]]]:
     """The Hub double, and the finished command that published the project there by LFS."""
     with HubDouble() as hub:
         hub.add_account('alice', 'hf_alice')

@@ -237,7 +237,8 @@ def test_time_is_linear_in_the_number_of_tensors(name: str, key_map: str | None)
 
 def test_batch_norm_eps_is_the_modules_own() -> None:
     module = randomised(NonLocalAttn(16, rd_ratio=1 / 2, rd_divisor=2))
-    module.get_submodule('norm').eps = 0.5  # type: ignore[assignment]
+    norm: Any = module.norm
+    norm.eps = 0.5
     expected = operator(module, 16, 2).trace().item()
     assert spectrum(module)[0].trace == pytest.approx(expected, abs=1e-4)
     assert spectrum(module.state_dict(), eps=0.5)[0].trace == pytest.approx(expected, abs=1e-4)

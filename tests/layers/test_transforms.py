@@ -86,7 +86,7 @@ def test_many_at_once(make: Callable[[], nn.Module]) -> None:
     each, whole = vmap(grad(loss), in_dims=(None, 0))(parameters, x), grad(loss)(parameters, x[0])
     for i, image in enumerate(x):
         gradients = as_literal(module, lambda: torch.autograd.grad(
-            module(image[None]).square().sum(), list(parameters.values())))  # noqa: B023
+            module(image[None]).square().sum(), list(parameters.values())))  # noqa: B023 (it is called at once)
         for name, expected in zip(parameters, gradients, strict=True):
             close(each[name][i], expected)
             assert i or torch.allclose(whole[name], expected, rtol=1e-10, atol=1e-10)
