@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import timm_nonlocal  # noqa: F401
 from tests.support.training import random_images, result, same_course, same_tensors
-from timm_nonlocal.recipes import FINE_TUNING
+from timm_nonlocal.recipes import FINE_TUNING, Recipe
 from train.cifar import main, parse, spectrum_epochs, usable_cores
 from train.engine.data import batch, load, whole_plan
 from train.engine.loop import Trainer
@@ -183,7 +183,7 @@ def test_a_state_of_before_is_continued(small_cifar_here: Path, tmp_path: Path,
     def older(path: Path, tensors: dict[str, torch.Tensor], progress: Any) -> None:
         progress = json.loads(json.dumps(progress))
         for kept in progress['runs']:
-            del kept['run']['start'], kept['run']['test_every']
+            del kept['run']['start'], kept['run']['test_every'], kept['diverged_step']
             for key in ('nesterov', 'warmup', 'anneal', 'mean'):
                 del kept['run']['recipe'][key]
             for row in kept['history']:
@@ -218,3 +218,30 @@ def test_threads_follow_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_cores() == 3
     monkeypatch.setenv('OMP_NUM_THREADS', '1')  # the fixture has set torch to one
     assert usable_cores() == 1
+
+
+def test_a_seed_that_diverges_beside_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its step and its error though its epoch is not one that is tested; the other reaches what it does alone."""
+    from train.engine import loop
+    from train.engine.step import Learner
+    step = Learner.step
+
+    def spoiled(learner: Learner, size: int) -> None:
+        step(learner, size)
+        if learner.seed == 1:
+            learner.parameters['fc.bias'].data.fill_(float('nan'))
+
+    def results(*seeds: int) -> list[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+        runs = [Run('preresnet20', seed=seed, recipe=Recipe(epochs=3, batch_size=4), test_every=3) for seed in seeds]
+        trainer = Trainer(runs, random_images(16), random_images(8))
+        assert not trainer.run(Stop(), save=lambda *_: None)
+        return trainer.results()
+
+    monkeypatch.setattr(loop, 'ASK', 2)
+    monkeypatch.setattr(Learner, 'step', spoiled)
+    (other, weights), (lost, _) = results(0, 1)
+    (alone, same), = results(0)
+    assert same_tensors(weights, same)
+    assert all(other[key] == alone[key] for key in ('train_loss', 'train_error', 'test_error', 'diverged_step'))
+    assert (lost['diverged_epoch'], lost['diverged_step'], lost['train_loss']) == (1, 2, [None])
+    assert lost['final_error'] == lost['test_error'][0] is not None

@@ -18,7 +18,7 @@ from train.engine.progress import Bar
 from train.engine.step import Learner, autocast, compiled_loss, count_wrong, loss_of
 from train.engine.stop import Stop, StopReason
 from train.records.runs import Run, describe_result, surroundings
-from train.records.state import Progress, RunError
+from train.records.state import Progress, RunError, RunProgress
 
 __all__ = ['Trainer', 'check_same_runs']
 
@@ -69,7 +69,7 @@ class Trainer:
         self.test_columns = whole_plan(len(test_set)).to(self.device)[:, rank::world]
         self.progress: Progress = {
             'epoch': 0, 'images': 0, 'seconds': 0.0, 'data': [len(train_set), len(test_set)],
-            'runs': [{'run': run.to_dict(), 'history': [], 'spectra': []} for run in runs],
+            'runs': [{'run': run.to_dict(), 'history': [], 'spectra': [], 'diverged_step': None} for run in runs],
         }
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
@@ -154,14 +154,14 @@ class Trainer:
                 self.pool.step(size)
                 progress['images'] += size
                 bar.advance(size, self._meters)
-                if self._diverged():
+                if self._asks and self._diverged():
                     break
                 if reason := self._look_up(stop, save_seconds, progress['images'] == count):
                     return reason
-            wrong, tested = [], self._tests(epoch)
-            for learner in self.learners:
+            wrong, tested = [], self._tested(epoch)
+            for learner, test in zip(self.learners, tested, strict=True):
                 self.processes.take_firsts_buffers(learner.bare)
-                wrong.append(count_wrong(learner.bare, self.test_set, self.test_columns) if tested else learner.wrong)
+                wrong.append(count_wrong(learner.bare, self.test_set, self.test_columns) if test else learner.wrong)
             plans = [learner.epoch_plan(epoch + 1) for learner in self.learners]  # while the device is busy
             sums = self.processes.sum(torch.stack(
                 [torch.stack([learner.loss, learner.wrong.float(), test.float()])  # counts below 2²⁴ are exact
@@ -174,19 +174,38 @@ class Trainer:
         self._save()
         return StopReason.NONE
 
-    def _tests(self, epoch: int) -> bool:
-        """Whether the test set is looked at after an epoch, counted from 0: the last one that is done always is."""
-        return (epoch + 1) % self.runs[0].test_every == 0 or epoch + 1 == self.epochs or self._diverged(ask=True)
+    def _tested(self, epoch: int) -> list[bool]:
+        """Whose error is tested after an epoch, counted from 0; after the last one that a run does it always is."""
+        if (epoch + 1) % self.runs[0].test_every == 0 or epoch + 1 == self.epochs:
+            return [True] * len(self.runs)
+        self._diverged()
+        return [state.get('diverged_step') is not None and not ended(state) for state in self.progress['runs']]
 
-    def _diverged(self, ask: bool = False) -> bool:
-        """Whether no loss of this epoch is finite any more, asked every few steps as it waits for the device."""
-        ask |= self.progress['images'] // self.batch_size % ASK == 0
-        return ask and self.processes.world == 1 and not any(learner.loss.isfinite() for learner in self.learners)
+    @property
+    def _asks(self) -> bool:
+        """Whether what waits for the device, or for other processes, is asked after this step."""
+        return self.progress['images'] // self.batch_size % ASK == 0
+
+    @property
+    def _step(self) -> int:
+        """How many steps are done."""
+        return (self.progress['epoch'] * self.learners[0].steps_per_epoch
+                + -(-self.progress['images'] // self.batch_size))
+
+    def _diverged(self) -> bool:
+        """Notes where a loss is first seen not to be finite; whether that is so of every run."""
+        losses = self.processes.sum(torch.stack([learner.loss for learner in self.learners])).tolist()
+        for loss, state in zip(losses, self.progress['runs'], strict=True):
+            if not math.isfinite(loss) and state.get('diverged_step') is None:
+                state['diverged_step'] = self._step
+        return all(state.get('diverged_step') is not None for state in self.progress['runs'])
 
     def _meters(self) -> str:
-        seen = len(self.learners) * self.progress['images'] / self.processes.world
+        going = [learner for learner, state in zip(self.learners, self.progress['runs'], strict=True)
+                 if state.get('diverged_step') is None] or self.learners
+        seen = len(going) * self.progress['images'] / self.processes.world
         loss, wrong = (sum(meter.item() for meter in meters) / seen
-                       for meters in zip(*((learner.loss, learner.wrong) for learner in self.learners), strict=True))
+                       for meters in zip(*((learner.loss, learner.wrong) for learner in going), strict=True))
         return f'loss {loss:.3f}, accuracy {100 - 100 * wrong:.1f} %'
 
     def _look_up(self, stop: Stop, save_seconds: float, epoch_ends: bool) -> StopReason:
@@ -194,7 +213,7 @@ class Trainer:
         now = time.monotonic()
         wish = stop.reason or SAVE * (now - self.saved > save_seconds)
         if self.processes.world > 1:
-            if not (epoch_ends or self.progress['images'] // self.batch_size % ASK == 0):
+            if not (epoch_ends or self._asks):
                 return StopReason.NONE
             wish = self.processes.highest(wish, self.device)
         if wish:
@@ -211,26 +230,26 @@ class Trainer:
     @property
     def all_diverged(self) -> bool:
         """Whether no run can go on: a loss that is not finite leaves weights that never become finite again."""
-        return all(state['history'] and state['history'][-1]['train_loss'] is None for state in self.progress['runs'])
+        return all(map(ended, self.progress['runs']))
 
     def _note(self, epoch: int, sums: list[list[float]], seconds: float, images: int,
-              tested: bool) -> list[dict[str, Any] | None]:
+              tested: list[bool]) -> list[dict[str, Any] | None]:
         """Adds an epoch to the histories; sums are the training loss, training and test images that are wrong."""
         rows: list[dict[str, Any] | None] = []
         (_, test_count), train_count = self.progress['data'], self.progress['images']
         steps = self.learners[0].steps_per_epoch
-        for run, learner, state, (loss, wrong, test) in zip(
-                self.runs, self.learners, self.progress['runs'], sums, strict=True):
-            if state['history'] and state['history'][-1]['train_loss'] is None:
+        for run, learner, state, (loss, wrong, test), looked in zip(
+                self.runs, self.learners, self.progress['runs'], sums, tested, strict=True):
+            if ended(state):
                 rows.append(None)
                 continue
             row = {
-                'epoch': epoch + 1, 'step': epoch * steps + -(-train_count // self.batch_size),
+                'epoch': epoch + 1, 'step': state.get('diverged_step') or self._step,
                 'lr': run.recipe.lr_at(epoch * steps, steps),
                 'train_loss': loss / train_count if math.isfinite(loss) else None,
                 'train_error': 100 * wrong / train_count,
-                'test_error': 100 * test / test_count if tested else None,
-                'test_wrong': round(test) if tested else None,
+                'test_error': 100 * test / test_count if looked else None,
+                'test_wrong': round(test) if looked else None,
                 'images_per_second': images / seconds, 'seconds': seconds,
             }
             rows.append(row)
@@ -250,6 +269,11 @@ class Trainer:
                                  **{**asdict(self.execution), 'graph': self.pool.graphs is not None}, **where, **more),
                  {name: tensor.cpu().contiguous() for name, tensor in learner.bare.state_dict().items()})
                 for run, learner, state in zip(self.runs, self.learners, self.progress['runs'], strict=True)]
+
+
+def ended(state: RunProgress) -> bool:
+    """Whether a run's loss was not finite in the last epoch that it has: no weight becomes finite again."""
+    return bool(state['history']) and state['history'][-1]['train_loss'] is None
 
 
 def check_same_runs(runs: Sequence[Run], progress: Progress, source: str) -> None:

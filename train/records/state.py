@@ -26,11 +26,13 @@ class RunError(Exception):
 
 
 class RunProgress(TypedDict):
-    """What is known of one run so far: `Run.to_dict`, a row an epoch, and the spectra after chosen epochs."""
+    """What is known of one run so far: `Run.to_dict`, a row an epoch, the spectra after chosen epochs, and the step at
+    which its loss was first seen not to be finite, which older states lack."""
 
     run: dict[str, Any]
     history: list[dict[str, Any]]
     spectra: list[dict[str, Any]]
+    diverged_step: int | None
 
 
 class Progress(TypedDict):
