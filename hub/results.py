@@ -88,8 +88,8 @@ def deviations(record: Record, name: str = 'paper', lr: float | None = None,
     if record.get('processes', 1) > 1:
         found.append(f'{record["processes"]} processes' + ' with batch statistics of their own' * (
             not record.get('sync_bn')))
-    if name == 'ft' and not record.get('start'):
-        found.append('from scratch')
+    if bool(record.get('start')) != (name == 'ft'):
+        found.append('from scratch' if name == 'ft' else 'from trained weights')
     if (given := record.get('model_kwargs') or []) != list(model_kwargs):
         found.append(f'model arguments {" ".join(given)}' if given else 'no model arguments')
     return found

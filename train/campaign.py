@@ -14,7 +14,6 @@ others went on; 2 the arguments or DIR are off; 130 stopped by a signal.
 import argparse
 import csv
 import fnmatch
-import inspect
 import signal
 import sys
 import time
@@ -26,18 +25,19 @@ STARTED = time.monotonic()  # before the imports, which take seconds on a cold d
 
 import timm  # noqa: E402
 
-import timm_nonlocal  # noqa: E402
+from hub.results import diverged  # noqa: E402
 from timm_nonlocal.recipes import RECIPES, nearest  # noqa: E402
 from train.engine.stop import Stop, StopReason  # noqa: E402
 from train.options import Parser, number, whole  # noqa: E402
-from train.records import run_dir  # noqa: E402
+from train.records import run_dir, state  # noqa: E402
 from train.records.run_dir import read_results  # noqa: E402
-from train.records.runs import ROOT, Run, parse_kwargs  # noqa: E402
+from train.records.runs import ROOT, Run  # noqa: E402
 from train.records.state import RunError  # noqa: E402
 from train.scheduling.planned import PlannedRun, after_divergence, planned_runs  # noqa: E402
 from train.scheduling.workers import ENGINES, Local, Ray, Task  # noqa: E402
 
 Engine = Local | Ray
+SCRIPT = ROOT / 'train' / 'cifar.py'
 LOOK = 1.0  # seconds between two looks at what runs
 SAVING = 60.0  # seconds before --max-minutes at which runs are told to stop, at most a tenth of it
 
@@ -86,7 +86,8 @@ class Campaign:
 
     def __init__(self, args: argparse.Namespace, engine: Engine):
         self.folder, self.data, self.options = args.output_dir, args.data_dir, args.options
-        self.planned, self.published = wanted(args.only), read_results(args.results)
+        self.planned = wanted(args.only)
+        self.published = {self.key(Run.from_dict(line)): line for line in read_results(args.results)}
         self.engine, self.jobs = engine, list[Job]()
         self.failed: list[str] = []
         if self.folder.exists() and not self.folder.is_dir():
@@ -102,14 +103,23 @@ class Campaign:
     def place_of(self, planned: PlannedRun) -> Path:
         return self.place(planned.run.row, planned.run.seed)
 
+    @staticmethod
+    def key(run: Run, starts: bool = False) -> tuple[Run, bool]:
+        """What makes a published run the one that is planned: not from which weights, but whether from any."""
+        return replace(run, start=None, test_every=1, compile=False), starts or bool(run.start)
+
     def record(self, planned: PlannedRun) -> dict[str, Any] | None:
         """The line about a finished run, of its folder or published."""
-        def key(run: Run) -> Run:
-            return replace(run, start=None, test_every=1, compile=False)
-
         own = read_results(self.place_of(planned) / run_dir.RESULTS)
-        same = (line for line in self.published if key(Run.from_dict(line)) == key(planned.run))
-        return own[0] if own else next(same, None)
+        return own[0] if own else self.published.get(self.key(planned.run, bool(planned.start)))
+
+    def begun(self, planned: PlannedRun) -> list[PlannedRun]:
+        """The run, with those that were saved side by side with it; none where nothing was saved."""
+        run = planned.run
+        for folder in sorted((self.folder / run.row).glob('seed*')):
+            if run.seed in (seeds := state.seeds(folder / run_dir.STATE)):
+                return [replace(planned, run=replace(run, seed=seed)) for seed in seeds]
+        return [planned] if run_dir.holds_run(self.place_of(planned)) else []
 
     def start(self, planned: PlannedRun) -> str | None:
         """What --start is given: '' where nothing is, None while the weights do not exist."""
@@ -120,25 +130,17 @@ class Campaign:
             return str(first)
         return planned.start if timm.is_model_pretrained(planned.start) else None
 
-    @staticmethod
-    def available(planned: PlannedRun) -> bool:
-        """Whether the network takes the arguments of the run."""
-        given = parse_kwargs(planned.run.model_kwargs).get('nl_args') or {}
-        return given.keys() <= inspect.signature(timm_nonlocal.NonlocalStage).parameters.keys()
-
     def condition(self, planned: PlannedRun) -> str:
-        """'done', 'running', 'failed', 'not available', 'waiting', 'cut' or 'missing'."""
+        """'done', 'running', 'failed', 'waiting', 'cut' or 'missing'."""
         if self.record(planned):
             return 'done'
         if any(planned in job.group for job in self.jobs):
             return 'running'
         if planned.name in self.failed:
             return 'failed'
-        if not self.available(planned):
-            return 'not available'
         if self.start(planned) is None:
             return 'waiting'
-        return 'cut' if run_dir.holds_run(self.place_of(planned)) else 'missing'
+        return 'cut' if self.begun(planned) else 'missing'
 
     # What is done about it
 
@@ -159,18 +161,17 @@ class Campaign:
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f'{group[0].name}.log'
         self.jobs.append(Job(group, slot, self.engine.begin(
-            self.words(group), slot, log, group[0].run.mixed_precision)))
+            [str(SCRIPT), *self.words(group)], slot, log, group[0].run.mixed_precision)))
 
     def next_group(self) -> list[PlannedRun]:
-        """The next run that can begin; on a GPU with the other seeds of it that nobody has begun. Cut ones first."""
+        """The next run that can begin, cut ones first: with those that it was saved with, or on a GPU with the other
+        seeds of it that nobody has begun."""
         found = [(planned, self.condition(planned)) for planned in self.planned]
-        for ready in ('cut', 'missing'):
-            for planned, condition in found:
-                if condition == ready:
-                    beside = [other for other, state in found if self.engine.gpu and state == ready == 'missing'
-                              and replace(other.run, seed=0) == replace(planned.run, seed=0)]
-                    return beside or [planned]
-        return []
+        if cut := next((planned for planned, condition in found if condition == 'cut'), None):
+            return self.begun(cut)
+        missing = [planned for planned, condition in found if condition == 'missing']
+        return [planned for planned in missing if planned is missing[0] or (self.engine.gpu
+                and replace(planned.run, seed=0) == replace(missing[0].run, seed=0))]
 
     def reap(self) -> None:
         """Lets go of processes that have ended; a short run that diverged is followed by one with a lower rate."""
@@ -183,14 +184,14 @@ class Campaign:
                         self.failed.append(planned.name)
                         print(f'{planned.name}: failed with exit code {code}, see {job.group[0].name}.log', flush=True)
                     continue
-                lost = record['diverged_epoch'] is not None
-                print(f'{planned.name}: final error {record["final_error"]:.2f} %'
-                      + f', not finite at step {record["diverged_step"]}' * lost, flush=True)
+                said = (f'diverged, its loss not finite at step {record["diverged_step"]}' if diverged(record) else
+                        f'final error {record["final_error"]:.2f} %')
+                print(f'{planned.name}: {said}', flush=True)
                 self.follow(planned, record)
 
     def follow(self, planned: PlannedRun, record: dict[str, Any] | None) -> None:
         """Puts what is to follow a run that diverged behind it."""
-        follower = after_divergence(planned) if record and record['diverged_epoch'] is not None else None
+        follower = after_divergence(planned) if record and diverged(record) else None
         if follower and follower.name not in {other.name for other in self.planned}:
             self.planned.insert(self.planned.index(planned) + 1, follower)
 
@@ -198,17 +199,19 @@ class Campaign:
         """Keeps every core or GPU at work until nothing is left or there is a reason to stop; then all runs save."""
         for planned in list(self.planned):
             self.follow(planned, self.record(planned))
-        while not stop.reason:
-            self.reap()
-            busy = {job.slot for job in self.jobs}
-            for slot in self.engine.slots:
-                if slot not in busy and (group := self.next_group()):
-                    self.begin(group, slot)
-            if not self.jobs:
-                return
-            time.sleep(LOOK)
-        for job in self.jobs:
-            job.task.stop()
+        try:
+            while not stop.reason:
+                self.reap()
+                busy = {job.slot for job in self.jobs}
+                for slot in self.engine.slots:
+                    if slot not in busy and (group := self.next_group()):
+                        self.begin(group, slot)
+                if not self.jobs:
+                    return
+                time.sleep(LOOK)
+        finally:  # also where a file in DIR is off
+            for job in self.jobs:
+                job.task.stop()
         while self.jobs:
             time.sleep(LOOK)
             self.reap()
@@ -216,7 +219,7 @@ class Campaign:
     def table(self) -> str:
         """A line a run: its condition, and of what has begun the epoch and the hours left."""
         width = max(len(planned.name) for planned in self.planned)
-        lines = [f'{"run":<{width}}  {"":<13} {"epoch":>8} {"hours left":>10}']
+        lines = [f'{"run":<{width}}  {"":<8} {"epoch":>8} {"hours left":>10}']
         counts: dict[str, int] = {}
         for planned in self.planned:
             condition = self.condition(planned)
@@ -224,7 +227,7 @@ class Campaign:
             epochs, seconds = pace(self.place_of(planned) / run_dir.CURVE)
             left = f'{seconds * (planned.run.recipe.epochs - epochs) / 3600:.1f}' if epochs else ''
             begun = [f'{epochs}/{planned.run.recipe.epochs}', left] if condition in ('running', 'cut') else ['', '']
-            lines.append(f'{planned.name:<{width}}  {condition:<13} {begun[0]:>8} {begun[1]:>10}'.rstrip())
+            lines.append(f'{planned.name:<{width}}  {condition:<8} {begun[0]:>8} {begun[1]:>10}'.rstrip())
         lines.append(', '.join(f'{count} {condition}' for condition, count in counts.items()))
         return '\n'.join(lines)
 
@@ -248,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
             print(campaign.table(), flush=True)
             campaign.run(stop)
         print(campaign.table(), flush=True)
-    except (ValueError, RunError) as error:
+    except (ValueError, RunError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return StopReason.SIGNAL if stop.signalled else 1 if campaign.failed else 0

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,16 +17,17 @@ import pytest
 import timm
 import torch
 
-from hub.results import deviations
+from hub.results import deviations, tag
 from tests.support.process import ROOT
 from tests.support.training import result, same_course
 from timm_nonlocal.files import sha256
 from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe, recipe_id
-from train import campaign, land
+from train import campaign, cifar, land
 from train.campaign import Campaign
-from train.records import run_dir
+from train.records import run_dir, state
 from train.records.run_dir import read_results
 from train.records.runs import Run, Start, describe_result
+from train.records.state import RunError
 from train.scheduling.planned import PlannedRun, after_divergence, planned_runs
 from train.scheduling.workers import Local
 
@@ -75,7 +77,7 @@ def test_fine_tuning_starts_from_the_plain_backbone_of_its_data_set() -> None:
 
 def test_every_run_can_be_built() -> None:
     for planned in planned_runs():
-        if planned.run.seed == 0 and planned.run.recipe != PAPER and Campaign.available(planned):
+        if planned.run.seed == 0 and planned.run.recipe != PAPER:
             planned.run.build()
     depth_29, = (planned.run for planned in planned_runs() if 'depth=29' in planned.run.model_kwargs)
     assert sum(p.numel() for p in depth_29.build().parameters()) == 312_218
@@ -142,7 +144,7 @@ def test_a_lost_worker_of_ray_is_replaced(small_cifar: Path, tmp_path: Path, env
     while not state.is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     victims = [worker for worker in psutil.process_iter(['cmdline'])
-               if 'train_here' in ' '.join(worker.info['cmdline'] or [])]
+               if 'run_here' in ' '.join(worker.info['cmdline'] or [])]
     assert len(victims) == 2
     victims[0].kill()
     said, _ = process.communicate(timeout=300)
@@ -204,7 +206,7 @@ def test_the_command_makes_the_run_that_was_asked_for(campaign_of: Callable[...,
     made = campaign_of('*')
     for planned in made.planned:
         run = planned.run
-        if run.seed == 0 and made.available(planned) and made.start(planned) is not None:
+        if run.seed == 0 and made.start(planned) is not None:
             args = parse(made.words([planned]))
             assert (args.model, args.dataset, args.recipe, tuple(args.model_kwargs), args.seeds, args.test_every) == (
                 run.architecture, run.dataset, run.recipe, run.model_kwargs, [0], run.test_every)
@@ -250,14 +252,6 @@ def test_a_short_run_that_diverged_is_followed_by_one_with_a_lower_rate(campaign
         planned.name, 'preresnet20_nl_original_k3.cifar10.short.lr0.01.seed0']
     assert after_divergence(made.planned[1]) is None and after_divergence(PlannedRun(Run('preresnet20'))) is None
     assert made.planned[1].run.recipe == replace(SHORT, lr=SHORT.lr / 10)
-
-
-def test_options_that_do_not_exist_yet_are_not_begun(campaign_of: Callable[..., Campaign]) -> None:
-    made = campaign_of('preresnet20_nl_proposed_k5.cifar10.ft.nl-args*')
-    known = {planned.name: made.available(planned) for planned in made.planned}
-    assert known['preresnet20_nl_proposed_k5.cifar10.ft.nl-args-symmetric-True.seed0']
-    unknown = replace(made.planned[0].run, model_kwargs=("nl_args={'x': 1}",))
-    assert not made.available(replace(made.planned[0], run=unknown))
 
 
 # Coming home
@@ -387,3 +381,68 @@ def test_the_history_is_gits() -> None:
     if head.returncode:
         pytest.skip('this is a copy of the tree without its history')
     assert land.in_history(head.stdout.strip()) and not land.in_history('0' * 40)
+
+
+def test_seeds_that_were_cut_together_go_on_together(campaign_of: Callable[..., Campaign], tmp_path: Path) -> None:
+    """Whichever of them are asked for, on whatever device; those that nobody has begun are a group of their own."""
+    name, started = 'preresnet20_nl_proposed_k2.cifar10.seed*', (1, 4)
+    planned = {each.run.seed: each for each in campaign_of(name).planned}
+    kept = [{'run': planned[seed].run.to_dict(), 'history': [], 'spectra': []} for seed in started]
+    folder = tmp_path / 'c' / planned[1].run.row
+    progress: Any = {'epoch': 0, 'images': 128, 'seconds': 1.0, 'data': [50_000, 10_000], 'runs': kept}
+    state.save(folder / 'seed1' / run_dir.STATE, {'0.x': torch.zeros(1)}, progress)
+    for gpus in (0, 1):
+        made = campaign_of(name, gpus=gpus)
+        group = made.next_group()
+        assert [made.condition(each) for each in made.planned] == ['missing', 'cut', 'missing', 'missing', 'cut']
+        assert campaign_of(planned[4].name, gpus=gpus).next_group() == group
+        args = cifar.parse(made.words(group))
+        accelerator: Any = SimpleNamespace(mixed_precision='bf16', num_processes=1, process_index=0)
+        runs, folders, _ = cifar.runs_of_process(args, accelerator)
+        assert folders == [folder / f'seed{seed}' for seed in started]
+        assert cifar.read_state(folders, runs, resume=True)
+    made.jobs.append(campaign.Job(group, 0, Stopped()))
+    assert [each.run.seed for each in made.next_group()] == [0, 2, 3]
+
+
+class Stopped:
+    """A task that takes note of being asked to end."""
+
+    asked = False
+
+    def poll(self) -> int | None:
+        return None
+
+    def stop(self) -> None:
+        self.asked = True
+
+
+def test_an_error_of_the_campaign_saves_every_run(campaign_of: Callable[..., Campaign], tmp_path: Path) -> None:
+    """A line that is off in the middle, where the next run is looked for."""
+    made, task = campaign_of('preresnet20_nl_proposed_k2.cifar10.seed*'), Stopped()
+    made.jobs.append(campaign.Job(made.planned[:1], 1, task))
+    made.reap = lambda: run_dir.read_results(tmp_path / 'results.jsonl')  # type: ignore[method-assign, assignment]
+    (tmp_path / 'results.jsonl').write_text('nonsense')
+    with pytest.raises(RunError, match='line 1 is not a JSON object'):
+        made.run(campaign.Stop())
+    assert task.asked
+
+
+def test_a_gpu_is_one_of_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr('train.scheduling.workers.LocalTask', lambda process: process)
+    monkeypatch.setattr(subprocess, 'Popen', lambda *args, env, **options: seen.append(env['CUDA_VISIBLE_DEVICES']))
+    for visible, names in (('5,GPU-3', ['5', 'GPU-3']), ('', ['0', '1'])):
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+        for slot in (local := Local()).slots:
+            local.begin([], slot, tmp_path / 'log', 'bf16')
+        assert [seen.pop(0) for _ in names] == names
+
+
+def test_a_run_from_trained_weights_is_not_the_papers(campaign_of: Callable[..., Campaign], tmp_path: Path) -> None:
+    planned = campaign_of('preresnet20.cifar10.seed0').planned[0]
+    line = fake(replace(planned.run, start=Start('preresnet20.ft_cifar10', '0')), 8.0)
+    run_dir.write_lines(tmp_path / 'results.jsonl', [line])
+    assert deviations(line) == ['from trained weights'] and tag(line) is None
+    assert campaign_of('*', results=tmp_path / 'results.jsonl').condition(planned) == 'missing'

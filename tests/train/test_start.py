@@ -221,7 +221,7 @@ def test_threads_follow_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_seed_that_diverges_beside_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has its step and its error though its epoch is not one that is tested; the other reaches what it does alone."""
+    """It has its step and its error, in an epoch that is not tested; the other reaches what it does alone."""
     from train.engine import loop
     from train.engine.step import Learner
     step = Learner.step

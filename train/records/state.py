@@ -18,7 +18,7 @@ from torch import Tensor
 
 from timm_nonlocal import files
 
-__all__ = ['Progress', 'RunError', 'RunProgress', 'exists', 'load', 'previous', 'save', 'write', 'writing']
+__all__ = ['Progress', 'RunError', 'RunProgress', 'exists', 'load', 'previous', 'save', 'seeds', 'write', 'writing']
 
 
 class RunError(Exception):
@@ -131,3 +131,12 @@ def load(path: Path, tell: Callable[[str], None] = print) -> tuple[dict[str, Ten
             tell(f'{damage[0]}: going on from the state before it')
         return state
     raise RunError('; '.join(damage) or f'{path} is missing')
+
+
+def seeds(path: Path) -> list[int]:
+    """Of the runs that a state is of; none where there is no state that can be read."""
+    for candidate in (path, previous(path)):
+        with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
+            with safe_open(candidate, 'pt') as file:
+                return [kept['run']['seed'] for kept in json.loads(file.metadata()['progress'])['runs']]
+    return []

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from hub.results import recipe_for
 from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe
 from train.records.runs import Run
 
@@ -48,7 +49,7 @@ def _first() -> Iterator[PlannedRun]:
     yield _planned('preresnet20', SHORT)
     for k in (1, 2, 3, 4):
         yield _planned(f'preresnet20_nl_original_k{k}', SHORT)
-    yield _planned('preresnet20_nl_original_k4', replace(SHORT, lr=SHORT.lr / 10))
+    yield _planned('preresnet20_nl_original_k4', recipe_for('preresnet20_nl_original_k4', 'short'))
     yield _planned('preresnet20_nl_proposed_k4', SHORT)
     yield _planned('preresnet20_nl_proposed_k5', SHORT)
     for name in ('original_k2', 'original_k4', 'proposed_k2', 'proposed_k4', 'original_k1', 'original_k3',
@@ -69,7 +70,7 @@ def _tables() -> Iterator[PlannedRun]:
     names = [f'preresnet20{rest}' for rest in ten] + [f'preresnet56{rest}' for rest in hundred]
     for seed in range(SEEDS):
         for name in names:
-            yield _planned(name, replace(PAPER, lr=PAPER.lr / 10) if name.endswith('original_k4') else PAPER, seed=seed)
+            yield _planned(name, recipe_for(name, 'paper'), seed=seed)
 
 
 def planned_runs() -> list[PlannedRun]:

@@ -1,15 +1,17 @@
 """Where a campaign's runs are computed: processes of this machine, or a Ray cluster.
 
 An engine has `slots`, each of which takes one run at a time, `gpu` (whether a slot is one), and
-`begin(words, slot, log, mixed_precision)`, which hands train/cifar.py's arguments over and gives a task: `poll()` is
-None while it runs and then its exit code, and `stop()` asks it to save and end.
+`begin(words, slot, log, mixed_precision)`, which starts a Python script with its arguments and gives a task: `poll()`
+is None while it runs and then its exit code, and `stop()` asks it to save and end.
 """
 
 import contextlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,13 +49,15 @@ class Local:
         gpus, everywhere = torch.cuda.device_count(), range(os.cpu_count() or 1)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else list(everywhere)
         self.gpu, self.slots = gpus > 0, (list(range(gpus)) or cores)[:jobs]
+        visible = os.environ.get('CUDA_VISIBLE_DEVICES')  # device_count() counts these alone
+        self.devices = visible.split(',') if visible else list(map(str, range(gpus)))
 
     def begin(self, words: list[str], slot: int, log: Path, mixed_precision: str) -> Task:
         environment = {**os.environ, 'ACCELERATE_MIXED_PRECISION': mixed_precision}
-        environment |= {'CUDA_VISIBLE_DEVICES': str(slot)} if self.gpu else {'OMP_NUM_THREADS': '1'}
+        environment |= {'CUDA_VISIBLE_DEVICES': self.devices[slot]} if self.gpu else {'OMP_NUM_THREADS': '1'}
         with open(log, 'a') as file:
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / 'train' / 'cifar.py'), *words], env=environment, stdout=file, stderr=file,
+                [sys.executable, *words], env=environment, stdout=file, stderr=file,
                 start_new_session=True)  # a Ctrl-C reaches it through us alone
         if not self.gpu and hasattr(os, 'sched_setaffinity'):
             with contextlib.suppress(ProcessLookupError):  # it has ended already
@@ -108,18 +112,25 @@ class Ray:
         import ray
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
         environment = {'PYTHONPATH': path, 'ACCELERATE_MIXED_PRECISION': mixed_precision, 'OMP_NUM_THREADS': '1'}
-        task = ray.remote(max_calls=1)(train_here).options(
+        task = ray.remote(max_calls=1)(run_here).options(
             num_cpus=0 if self.gpu else 1, num_gpus=1 if self.gpu else 0, max_retries=-1,
             runtime_env={'env_vars': environment})
         return RayTask(task.remote(words, str(log.absolute()), os.getcwd()))
 
 
-def train_here(words: list[str], log: str, folder: str) -> int:
-    """train/cifar.py in this process, which ends with it. Gives the exit code."""
+def run_here(words: list[str], log: str, folder: str) -> int:
+    """A script with its arguments in this process, which ends with it. Gives the exit code."""
     os.chdir(folder)
+    sys.argv = words
     with open(log, 'a') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        from train.cifar import main
-        return main(words)
+        try:
+            runpy.run_path(words[0], run_name='__main__')
+        except SystemExit as end:
+            return int(end.code or 0)
+        except Exception:
+            traceback.print_exc()
+            return LOST
+    return 0
 
 
 ENGINES: dict[str, type[Local] | type[Ray]] = {'local': Local, 'ray': Ray}
