@@ -21,7 +21,7 @@ from timm_nonlocal.recipes import RECIPES
 from . import claims, figures
 from .card import card
 from .drawing import Drawn
-from .generated import block, replace_block
+from .generated import block, replace_block, waiting
 from .results import (
     HUB,
     PublishError,
@@ -87,8 +87,8 @@ def table_text(table: paper.Table, records: list[Record], files: list[Shipped], 
     if found:
         head += [f'| network | paper, median of {paper.RUNS} | ours, median | n | range | weights |',
                  '| --- | --- | --- | --- | --- | --- |', *found, '']
-    waiting = len(lines) - len(found)
-    return '\n'.join([*head, f'{waiting} of {len(lines)} rows wait for runs.' if waiting else 'All rows are there.'])
+    missing = len(lines) - len(found)
+    return '\n'.join([*head, waiting(missing, len(lines), 'rows') if missing else 'All rows are there.'])
 
 
 def tables_text(records: list[Record], files: list[Shipped]) -> str:
@@ -124,9 +124,9 @@ def stable_text(records: list[Record]) -> str:
     errors = {label: ours.median for label, runs in found.items() if (ours := summary(runs.finished))}
     lines = [f'| {label} | {f"{errors[label]:.2f}" if label in errors else "none"} | {runs.n} |'
              for label, runs in found.items() if runs.all]
-    waiting = len(STABLE_ROWS) - len(lines)
+    missing = len(STABLE_ROWS) - len(lines)
     text = [f'| {STABLE}, recipe ft | our error, % | n |', '| --- | --- | --- |', *lines] if lines else []
-    text += ['', f'{waiting} of {len(STABLE_ROWS)} rows wait for runs.'] if waiting else []
+    text += ['', waiting(missing, len(STABLE_ROWS), 'rows')] if missing else []
     for less, more, question in (('symmetric', 'symmetric, stable', 'What the guarantee costs'),
                                  ('symmetric, stable', 'symmetric, stable, k = 12', 'What the depth costs')):
         if less in errors and more in errors:
@@ -134,8 +134,10 @@ def stable_text(records: list[Record]) -> str:
             spread = 200 * math.sqrt(2 * share * (1 - share) / TEST_IMAGES)
             difference = errors[more] - errors[less]
             verdict = 'no more than chance can give' if abs(difference) <= spread else 'more than chance gives'
-            text += ['', f'{question}: {difference:+.2f} percentage points, {verdict} (± {spread:.2f} for two '
-                         f'runs and {TEST_IMAGES:,} test images).']
+            alone = len(found[less].finished) == len(found[more].finished) == 1
+            text += ['', f'{question}: {difference:+.2f} percentage points' + (
+                f', {verdict} (± {spread:.2f} for two runs and {TEST_IMAGES:,} test images).' if alone else
+                ' between the medians.')]
     return '\n'.join(text).strip()
 
 

@@ -9,6 +9,7 @@ from timm_nonlocal import paper
 from timm_nonlocal.analysis.spectra import TOP
 
 from . import figures
+from .generated import waiting
 from .results import Counted, Record, counted
 from .spectra import kept
 
@@ -87,26 +88,30 @@ def paired_shift(differences: Sequence[float], level: float = LEVEL) -> Shift:
     return _interval(means, signed_rank_sums(len(differences)), level)
 
 
-def _seeds(found: Counted) -> dict[tuple[int, str | None], float]:
-    return {(record['seed'], record.get('mixed_precision')): record['final_error'] for record in found.finished}
+def _seeds(found: Counted) -> dict[tuple[int, str | None, str | None], float]:
+    """The errors by what two runs of a pair share: seed, precision, and the weights that they start from."""
+    return {(record['seed'], record.get('mixed_precision'), (record.get('start') or {}).get('sha256')):
+            record['final_error'] for record in found.finished}
 
 
 def compare(better: paper.Row, worse: paper.Row, dataset: str, records: list[Record], recipe: str = 'paper') -> str:
     """A line about the claim that one network has a lower error than another.
 
-    Runs of `ft` start from the same weights: they are compared with the run of the same seed where there is one.
+    Runs of `ft` are compared with the run of the same seed, from the same weights, where there is one.
     """
     found = [counted(records, row.architecture, dataset, recipe) for row in (worse, better)]
     line = f'| {better.label} < {worse.label} | {_difference(better, worse):+.2f} |'
-    if not all(each.finished for each in found):
-        return f'{line} {MISSING} | {MISSING} | {MISSING} | not judged |'
+    n = f'{found[1].n}, {found[0].n}'
+    if not all(each.finished for each in found):  # all that there are may have diverged
+        ours = 'none' if all(each.all for each in found) else MISSING
+        return f'{line} {ours} | {ours} | {n} | not judged |'
     first, second = map(_seeds, found)
     pairs = sorted(first.keys() & second.keys()) if recipe == 'ft' else []
     if pairs:
         shifted = paired_shift([second[seed] - first[seed] for seed in pairs])
         n = f'{len(pairs)} pair{"s" * (len(pairs) > 1)}'
     else:
-        shifted, n = shift([*first.values()], [*second.values()]), f'{found[1].n}, {found[0].n}'
+        shifted = shift([*first.values()], [*second.values()])
     verdict, ends = 'open', 'none'
     if shifted.coverage >= ENOUGH and not shifted.lowest <= 0 <= shifted.highest:
         verdict = 'holds' if shifted.highest < 0 else '**contradicted**'
@@ -124,14 +129,15 @@ def _difference(better: paper.Row, worse: paper.Row) -> float:
 def signs(panel: paper.Panel, records: list[Record], recipe: str = 'paper') -> str:
     """A line about the claim that most of the top eigenvalues of every block have one sign."""
     (architecture,) = panel.architectures
-    last = [after for record in counted(records, architecture, paper.FIGURE_DATASET, recipe).finished
-            if (after := kept(record))]
+    runs = counted(records, architecture, paper.FIGURE_DATASET, recipe)
+    last = [after for record in runs.finished if (after := kept(record))]
     found = [figures.signs(panel.claim, after.tops) for after in last]
     early = sorted({after.epoch for after in last if after.epoch != after.epochs})
     when = f' (after epoch {", ".join(map(str, early))})' if early else ''
     line = f'| {architecture}: {panel.claim}{when} |'
     if not found:
-        return f'{line} {MISSING} | {MISSING} | {MISSING} | not judged |'
+        ours = 'none' if runs.diverged else MISSING
+        return f'{line} {ours} | {ours} | {runs.n} | not judged |'
     holding = sum(figures.beyond_chance(*each) for each in found)
     verdict = 'holds' if holding == len(found) else '**contradicted**' if not holding else 'open'
     counts, (expected, *_), (spread, *_) = zip(*found, strict=True)
@@ -142,10 +148,11 @@ def signs(panel: paper.Panel, records: list[Record], recipe: str = 'paper') -> s
 def table(title: str, head: list[str], lines: list[str], what: str) -> str:
     """The rows that have figures of ours, and how many have none; without any, a sentence in place of a table."""
     found = [line for line in lines if MISSING not in line]
-    waiting = len(lines) - len(found)
+    missing = len(lines) - len(found)
     if not found:
-        return f'All {waiting} {what} wait for runs ({title}).'
-    return '\n'.join([f'### {title}', '', *head, *found] + [f'\n{waiting} more {what} wait for runs.'] * bool(waiting))
+        return f'All {missing} {what} wait for runs ({title}).'
+    rest = ['', waiting(missing, len(lines), what)] if missing else []
+    return '\n'.join([f'### {title}', '', *head, *found, *rest])
 
 
 def text(records: list[Record]) -> str:

@@ -126,8 +126,8 @@ def _curves(panel: paper.Panel, found: dict[str, Source]) -> Drawn:
                                         f'loss; the paper: much larger with 4{recipes}')
     *others, four = (curve[-1] for curve in series.values())
     return Drawn(panel, series, [], f'final training loss {_list(f"{loss:.3f}" for loss in (*others, four))} for '
-                 f'1 to 4 blocks, with 4 {four / max(others):.1f} times the largest of the others; the paper: much '
-                 f'larger with 4. {_agrees(four >= 2 * max(others))} (at least twice){recipes}')
+                 f'1 to 4 blocks, with 4 blocks {four / max(others):.1f} times the largest of the others; the paper: '
+                 f'much larger with 4. {_agrees(four >= 2 * max(others))} (at least twice){recipes}')
 
 
 def _recipes(records: list[Record]) -> str:

@@ -2,7 +2,7 @@
 
 from .results import PublishError
 
-__all__ = ['block', 'markers', 'replace_block']
+__all__ = ['block', 'markers', 'replace_block', 'waiting']
 
 
 def markers(name: str, module: str) -> tuple[str, str]:
@@ -22,3 +22,8 @@ def replace_block(text: str, name: str, module: str, content: str) -> str:
     if (text.count(begin), text.count(end)) != (1, 1) or text.index(begin) > text.index(end):
         raise PublishError(f'the lines {begin} and {end} must both be there, once each and in this order')
     return f'{text[:text.index(begin)]}{block(name, module, content)}{text[text.index(end) + len(end):]}'
+
+
+def waiting(count: int, total: int, what: str) -> str:
+    """How many of the lines of a table have no run yet."""
+    return f'{count} of {total} {what} wait{"s" * (count == 1)} for runs.'

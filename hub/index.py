@@ -58,7 +58,7 @@ def command(record: Record) -> str:
     recipe, name = Recipe.from_dict(record['recipe']), recipe_name(record)
     options = {'model': record['architecture'], 'dataset': record['dataset'], 'seed': record['seed'], 'recipe': name,
                **recipe.changes(RECIPES[name]), **({'start': record['start']['name']} if record.get('start') else {}),
-               **{key: record[key] for key in ('model_kwargs', 'limit') if record.get(key)},
+               **{key: record[key] for key in ('model_kwargs', 'limit', 'compile') if record.get(key)},
                **({'test_every': record['test_every']} if record.get('test_every', 1) > 1 else {})}
     given = []
     for key, value in options.items():
@@ -69,17 +69,18 @@ def command(record: Record) -> str:
 
 
 def index(root: Path = ROOT, namespace: str | None = None) -> dict[str, dict[str, Any]]:
-    """What weights/index.json should say: about each file, and as before about weights that are on the Hub alone.
+    """What weights/index.json should say: about each file, and as before about weights that are on the Hub.
 
     Raises:
         PublishError: a file that no line of results.jsonl accounts for, see `results.shipped`.
     """
-    old = root / WEIGHTS / 'index.json'
-    entries = json.loads(old.read_text()) if old.is_file() else {}
+    path = root / WEIGHTS / 'index.json'
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    entries = {name: entry for name, entry in old.items() if entry.get('hf_hub_id')}
     for file in shipped(load(root / RESULTS), root / WEIGHTS):
         model, record = create(file.name), file.record
         entries[file.name] = {
-            **entries.get(file.name, {}), **({'hf_hub_id': f'{namespace}/{file.name}'} if namespace else {}),
+            **old.get(file.name, {}), **({'hf_hub_id': f'{namespace}/{file.name}'} if namespace else {}),
             'sha256': file.sha256, 'num_params': parameters(model), 'macs': macs(model),
             'test_error': record['final_error'],
             'recipe': command(record),
@@ -123,10 +124,7 @@ def made(root: Path = ROOT, namespace: str | None = None) -> dict[Path, str]:
         readme = replace_block((root / README).read_text(), 'models', 'hub.index', table(entries))
     except PublishError as error:
         raise PublishError(f'{README}: {error}') from error
-    files = {root / README: readme}
-    if entries:
-        files[root / WEIGHTS / 'index.json'] = json.dumps(entries, indent=1) + '\n'
-    return files
+    return {root / README: readme, root / WEIGHTS / 'index.json': json.dumps(entries, indent=1) + '\n'}
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:

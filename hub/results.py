@@ -125,7 +125,7 @@ class Counted(NamedTuple):
     @property
     def n(self) -> str:
         """How many have an error, and how many have none."""
-        return f'{len(self.finished)}' + f', {len(self.diverged)} diverged' * bool(self.diverged)
+        return f'{len(self.finished)}' + f' + {len(self.diverged)} diverged' * bool(self.diverged)
 
 
 def counted(records: list[Record], architecture: str, dataset: str, name: str = 'paper', lr: float | None = None,

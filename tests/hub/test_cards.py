@@ -70,9 +70,9 @@ def test_the_median_ships_and_what_diverged_does_not() -> None:
     assert results.to_ship([*runs, lost]) == {'preresnet20.cifar10': runs[1]}, 'the lower of two in the middle'
     assert results.to_ship([lost]) == {}
     text = cards.table_text(paper.TABLES[0], [*runs[:2], lost], [])
-    assert '| baseline | 8.19 | 8.20 | 2, 1 diverged | 8.10–8.30 | none |' in text
+    assert '| baseline | 8.19 | 8.20 | 2 + 1 diverged | 8.10–8.30 | none |' in text
     assert text.endswith('11 of 12 rows wait for runs.')
-    assert '| baseline | 8.19 | none | 0, 1 diverged |  | none |' in cards.table_text(paper.TABLES[0], [lost], [])
+    assert '| baseline | 8.19 | none | 0 + 1 diverged |  | none |' in cards.table_text(paper.TABLES[0], [lost], [])
 
 
 def test_what_diverged_has_no_weights_to_publish_and_no_error_in_a_card(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_diverged_has_no_weights_to_publish_and_no_error_in_a_card(tmp_path
         results.shipped([{**lost, 'sha256': sha256_of_file(path)}], tmp_path)
     (file,) = results.shipped([one := made_up(sha256=sha256_of_file(path))], tmp_path)
     text = card.results_text(file, [one, lost])
-    assert '| our runs of the recipe `paper`, median (range, n) | 8.00 (8.00–8.00, n = 1, 1 diverged) |' in text
+    assert '| our runs of the recipe `paper`, median (range, n) | 8.00 (8.00–8.00, n = 1 + 1 diverged) |' in text
     assert '| 5 | diverged in epoch 3 |' in text and '90.00' not in text
 
 
@@ -108,7 +108,7 @@ def test_another_depth_has_a_table_of_its_own() -> None:
     runs = [made_up(error=8.5), made_up(error=7.5, model_kwargs=['depth=29'])]
     assert f'{deeper} 7.50 | 1 | 8.19 |' in cards.depth_text(runs)
     assert f'{deeper} waits' in cards.depth_text([made_up(model_kwargs=['depth=29'], limit=9)])
-    assert f'{deeper} none | 0, 1 diverged | 8.19 |' in cards.depth_text([{**runs[1], 'diverged_epoch': 2}])
+    assert f'{deeper} none | 0 + 1 diverged | 8.19 |' in cards.depth_text([{**runs[1], 'diverged_epoch': 2}])
     assert '| baseline | 8.19 | 8.50 | 1 |' in cards.table_text(paper.TABLES[0], runs, []), 'and is in no other'
 
 
@@ -120,11 +120,14 @@ def test_stable_stages_and_what_one_run_each_says() -> None:
     assert cards.stable_text([]) == '4 of 4 rows wait for runs.'
     _, symmetric, stable, deep = cards.STABLE_ROWS.values()
     text = cards.stable_text([run(8.9), run(9.0, *symmetric), run(9.5, *stable)])
-    assert '| symmetric, stable | 9.50 | 1 |' in text and '1 of 4 rows wait for runs.' in text
+    assert '| symmetric, stable | 9.50 | 1 |' in text and '1 of 4 rows waits for runs.' in text
     assert 'What the guarantee costs: +0.50 percentage points, no more than chance can give (± 0.82 for' in text
     assert 'the depth' not in text
     text = cards.stable_text([run(9.0, *symmetric), run(9.5, *stable), run(8.0, *deep)])
     assert 'What the depth costs: -1.50 percentage points, more than chance gives (± 0.80' in text
+    more = [{**run(error, *given), 'seed': 1} for error, given in ((9.2, symmetric), (9.4, stable))]
+    text = cards.stable_text([run(9.0, *symmetric), run(9.5, *stable), *more])
+    assert 'What the guarantee costs: +0.35 percentage points between the medians.' in text and '±' not in text
 
 
 def test_a_curve_has_the_test_error_where_it_was_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

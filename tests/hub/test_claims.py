@@ -54,7 +54,7 @@ def test_verdicts() -> None:
             ((8.9, 9.1, 9.0), '| +0.80 | +0.60 to +1.00 (90 %) | 3, 3 | **contradicted** |'),
             ((8.0, 8.4, 8.2), '| +0.00 | -0.30 to +0.30 (90 %) | 3, 3 | open |'),
             ((7.0, 7.1), '| -1.15 | -1.30 to -1.00 (80 %) | 2, 3 | open |'),
-            ((), '| missing | missing | missing | not judged |')):
+            ((), '| missing | missing | 0, 3 | not judged |')):
         line = line_of(baseline + some(stage, *errors), stage, base)
         assert line == f'| proposed, k = 5 < baseline | -0.90 {ending}'
     assert '| none | 1, 1 | open |' in line_of(some(base, 8) + some(stage, 7), stage, base)
@@ -103,14 +103,14 @@ def test_recipes_are_never_mixed() -> None:
     assert 'proposed, k = 5 < baseline' not in papers and tuning.startswith(
         ': PreResNet-20 on CIFAR-10, recipe ft: differences\n')
     assert '| proposed, k = 5 < baseline | -0.90 | -1.00 |' in tuning
-    assert '12 more comparisons wait for runs.' in tuning
+    assert '12 of 13 comparisons wait for runs.' in tuning
 
 
 def test_what_diverged_is_in_no_difference_and_no_count_of_signs() -> None:
     lost = made_up('preresnet20_nl_proposed_k5', seed=9, error=90.0, diverged_epoch=2)
     runs = [*some('preresnet20', 8.2, 8.3, 8.1), *some('preresnet20_nl_proposed_k5', 7.3, 7.2, 7.4), lost]
     assert line_of(runs, 'preresnet20_nl_proposed_k5', 'preresnet20').endswith(
-        '| -0.90 | -1.10 to -0.70 (90 %) | 3, 1 diverged, 3 | holds |')
+        '| -0.90 | -1.10 to -0.70 (90 %) | 3 + 1 diverged, 3 | holds |')
     assert line_of([*runs[:3], lost], 'preresnet20_nl_proposed_k5', 'preresnet20').endswith('not judged |')
     panel = paper.FIGURES[0].panels[0]
     spectra = [{'epoch': EPOCHS, 'blocks': [{'eigenvalues': [-1.0] * 32}]}]
@@ -144,3 +144,31 @@ def test_fine_tuned_networks_are_compared_seed_by_seed() -> None:
     assert line(better, seeds) == '-0.70 | -0.90 to -0.50 (94 %) | 5 pairs | holds |'
     assert line({2: 10.0}, seeds) == '-1.00 | none | 1 pair | open |', 'the control of seed 2 alone'
     assert line({7: 10.0, 8: 10.0}, {0: 9.0}).endswith('| 2, 1 | open |'), 'without a common seed all are compared'
+
+
+def test_what_diverged_waits_for_no_run() -> None:
+    """A network of which every run diverged has its line, and the count of what waits is in words that fit one."""
+    table, stage = paper.TABLES[0], 'preresnet20_nl_original_k4'
+    lost = [made_up(stage, seed=seed, diverged_epoch=2) for seed in range(2)]
+    base = some('preresnet20', 8.2, 8.3)
+    others = [run for row in table.rows[2:] if row.architecture != stage for run in some(row.architecture, 8.0)]
+    text = claims.text([*base, *lost, *others])
+    assert '| baseline < original, k = 4 | -6.83 | none | none | 2, 0 + 2 diverged | not judged |' in text
+    assert 'recipe paper: differences' in text and 'comparisons wait for runs.' not in text
+    others = [run for run in others if run['architecture'] != 'preresnet20_nl_original_k2']
+    assert '\n1 of 13 comparisons waits for runs.' in claims.text([*base, *lost, *others])
+    panel = paper.FIGURES[0].panels[0]
+    gone = made_up(*panel.architectures, spectra=[], diverged_epoch=2)
+    assert claims.signs(panel, [gone]).endswith(': negative | none | none | 0 + 1 diverged | not judged |')
+
+
+def test_pairs_start_from_the_same_weights() -> None:
+    def tuned(name: str, error: float, start: str) -> Record:
+        return made_up(name, error=error, recipe=FINE_TUNING.to_dict(), start={'name': 'x', 'sha256': start})
+
+    rows = {row.architecture: row for row in paper.TABLES[0].rows}
+    base, stage = 'preresnet20', 'preresnet20_nl_proposed_k5'
+    for start, n in (('0', '1 pair'), ('1', '1, 1')):
+        line = claims.compare(rows[stage], rows[base], 'cifar10', [tuned(base, 9.0, '0'), tuned(stage, 8.0, start)],
+                              'ft')
+        assert line.endswith(f'| -1.00 | none | {n} | open |')

@@ -50,7 +50,7 @@ def test_all_panels_and_their_captions(everything: list[Record]) -> None:
     captions = figures.captions(drawn)
     assert '- (b) 2 blocks: 28 and 28 of the top 32 are negative (16.0 ± 0.' in captions[1]
     assert '- (c) epoch 125: 28 of the top 32 are negative' in captions[2]
-    assert 'final training loss 0.100, 0.100, 0.100 and 1.100 for 1 to 4 blocks, with 4 11.0 times' in captions[3]
+    assert 'final training loss 0.100, 0.100, 0.100 and 1.100 for 1 to 4 blocks, with 4 blocks 11.0 ' in captions[3]
     assert '- 4 sub-blocks: 23, 23, 23 and 23 of the top 32 are positive' in captions[4]
 
 

@@ -96,7 +96,7 @@ def test_errors_come_from_the_results_line_with_the_files_sha256(
 
 def test_the_command_of_a_run_makes_that_run() -> None:
     run = Run('preresnet20_nl_original_k4', 'cifar10', 2, replace(PAPER, lr=0.01, milestones=(3, 5)),
-              ("nl_args={'scale': 1.0}", 'drop_rate=0.1'), 40, 'bf16')
+              ("nl_args={'scale': 1.0}", 'drop_rate=0.1'), 40, 'bf16', compile=True)
     words = shlex.split(models.command(run.to_dict()))
     assert words[:5] == ['accelerate', 'launch', '--mixed_precision', 'bf16', 'train/cifar.py']
     accelerator = SimpleNamespace(mixed_precision=words[3], num_processes=1)
@@ -125,3 +125,11 @@ def test_a_readme_without_the_markers(root: Path, capsys: pytest.CaptureFixture[
     assert models.main([], root) == 2
     assert capsys.readouterr().err.startswith(
         'error: README.md: the lines <!-- begin models: made by python -m hub.index --> and <!-- end models --> must')
+
+
+def test_what_has_no_weights_any_more_is_not_listed(root: Path) -> None:
+    index = root / models.WEIGHTS / 'index.json'
+    assert models.main([], root) == 0 and NAME in json.loads(index.read_text())
+    (root / models.WEIGHTS / f'{NAME}.safetensors').unlink()
+    assert models.main([], root) == 0 and json.loads(index.read_text()) == {}
+    assert f'`{NAME}`' not in (root / 'README.md').read_text()
