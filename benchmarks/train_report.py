@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.goals import Goal
+from benchmarks.goals import Goal, provenance
 
 __all__ = ['TARGETS', 'goals', 'report', 'table']
 
@@ -76,9 +76,7 @@ def report(kept: dict[str, Any]) -> str:
         'whichever takes longer: ' + ', '.join(f'{model} {target.floor} ms' for model, target in TARGETS.items())
         + '. Steps on a CPU are in [docs/experiments.md](docs/experiments.md).']
     for device, record in kept.items():
-        versions = record['versions']
-        lines += ['', f'### {device}', '', f'torch {versions["torch"]}, commit {record["commit"]}.', '',
-                  '```', table(record), '```']
+        lines += ['', f'### {device}', '', f'{provenance(record)}.', '', '```', table(record), '```']
     return '\n'.join(lines)
 
 

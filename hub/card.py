@@ -86,7 +86,7 @@ def rates(recipe: Recipe) -> str:
 def training_text(record: Record) -> str:
     """How this file was trained, field by field."""
     recipe, versions, start = Recipe.from_dict(record['recipe']), record.get('versions', {}), record.get('start')
-    precision = record.get('mixed_precision', '')
+    precision, at_once = record.get('mixed_precision', ''), record.get('at_once', 1)
     rows = [
         ('data', f'{DATASETS[record["dataset"]].title}, divided by 255, the training images’ mean {recipe.mean} '
                  f'subtracted; random crops of the image padded by 4, random flips'),
@@ -98,7 +98,8 @@ def training_text(record: Record) -> str:
         ('differs from the paper in', '; '.join(deviations(record)) or 'nothing that the paper states'),
         ('precision', {'no': 'float32', 'bf16': 'bfloat16 autocast, float32 weights'}.get(precision, precision)),
         ('device', record.get('device')),
-        ('hours', f'{record["seconds"] / 3600:.2f}' if record.get('seconds') else None),
+        ('hours', f'{record["seconds"] / 3600:.2f}' + f', of {at_once} runs side by side' * (at_once > 1)
+         if record.get('seconds') else None),
         ('versions', ', '.join(f'{name} {version}' for name, version in versions.items() if version)),
         ('commit', f'`{record["commit"]}`' if record.get('commit') else None),
         ('sha256', f'`{record["sha256"]}`'),

@@ -47,7 +47,7 @@ from train.engine.progress import Bar  # noqa: E402
 from train.engine.stop import Stop, StopReason  # noqa: E402
 from train.options import Parser, number, recipe_of, take_tag, whole  # noqa: E402
 from train.records import run_dir, state  # noqa: E402
-from train.records.runs import Run, Start  # noqa: E402
+from train.records.runs import Run, Start, first_line  # noqa: E402
 from train.records.state import Progress, RunError  # noqa: E402
 
 
@@ -172,7 +172,7 @@ def open_start(name: str) -> tuple[Start, dict[str, Tensor]]:
             weights = timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError, SafetensorError) as error:
         known = [known for known in timm.list_pretrained('preresnet*') if '_nl_' not in known]
-        raise ValueError(f'--start {name}: {str(error).strip().splitlines()[0]}. Name a safetensors file, a folder '
+        raise ValueError(f'--start {name}: {first_line(error)}. Name a safetensors file, a folder '
                          f'with {run_dir.MODEL}, or a name with weights: {", ".join(known) or "none yet"}') from error
     weights = {key: tensor.contiguous() for key, tensor in weights.items()}
     return Start(path.name if path.exists() else name, run_dir.sha256(weights)), weights
@@ -264,7 +264,7 @@ def read_state(folders: list[Path], runs: list[Run], resume: bool) -> tuple[dict
     try:
         tensors, progress = state.load(folders[0] / run_dir.STATE)
     except RunError as error:
-        raise RunError(f'{error}: delete {folders[0]} to start again') from error
+        raise RunError(f'{error}: name another --output-dir, or delete {taken[0]} to start again') from error
     check_same_runs(runs, progress, str(folders[0]))
     return tensors, progress
 

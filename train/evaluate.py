@@ -26,7 +26,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import split_model_name_tag
-from torch import nn
+from torch import Tensor, nn
 
 from timm_nonlocal.checkpoints.targets import CheckpointError, near_names
 from timm_nonlocal.datasets import DATASETS, DataError
@@ -103,24 +103,33 @@ def mean_of(target: str, line: dict[str, Any] | None) -> str:
     return RECIPES[TAGS[tag].recipe if tag in TAGS else 'paper'].mean
 
 
-def evaluate(model: nn.Module, images: Images, mean: str = 'image') -> dict[str, Any]:
+def evaluate(model: nn.Module, images: Images) -> dict[str, Any]:
     """Wrong images, ties among them and error in %, and the error under timm's preprocessing, on the images' device.
 
+    The latter is None where that also divides by a standard deviation, as for networks of ImageNet: timm would enlarge
+    the images too.
+
     Args:
-        mean: what the network was trained without, see `Recipe.mean`.
+        images: without the mean that the network was trained without.
     """
     config: Any = model.pretrained_cfg
     timm_images = mean_colour(images, config['mean'])
-    images = timm_images if mean == 'colour' else images
     model.to(images.labels.device).to(memory_format=torch.channels_last)
     columns = whole_plan(len(images)).to(images.labels.device)
     logits = logits_of(model, images, columns)
     highest = logits.topk(2, dim=1).values
     ties = highest[:, 0] - highest[:, 1] <= ROUNDING * logits.abs().amax(dim=1)
-    by_timm = logits if images is timm_images else logits_of(model, timm_images, columns)
-    wrong, wrong_timm = (int((found.argmax(dim=1) != images.labels).sum()) for found in (logits, by_timm))
-    return {'images': len(images), 'wrong': wrong, 'ties': int(ties.sum()), 'error': 100 * wrong / len(images),
-            'error_timm': 100 * wrong_timm / len(images)}
+
+    def wrong(logits: Tensor) -> int:
+        return int((logits.argmax(dim=1) != images.labels).sum())
+
+    found = {'images': len(images), 'wrong': wrong(logits), 'ties': int(ties.sum()),
+             'error': 100 * wrong(logits) / len(images), 'error_timm': None}
+    if set(config['std']) == {1.0}:
+        same = torch.equal(images.mean, timm_images.mean)
+        by_timm = logits if same else logits_of(model, timm_images, columns)
+        found['error_timm'] = 100 * wrong(by_timm) / len(images)
+    return found
 
 
 def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
@@ -130,18 +139,19 @@ def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     for target in args.targets:
         try:
             model = open_target(target)
-            dataset = next((name for name, data in DATASETS.items() if data.num_classes == model.num_classes), None)
+            dataset = next((name for name, facts in DATASETS.items() if facts.num_classes == model.num_classes), None)
             if dataset is None:
                 raise CheckpointError(f'{target} has {model.num_classes} classes: neither CIFAR-10 nor CIFAR-100')
-        except CheckpointError as error:
+            line = recorded(target, model, published)
+            limit = line.get('limit', 0) if line else 0  # of the training images, whose mean is subtracted
+            kept = dataset, limit, mean = dataset, limit, mean_of(target, line)
+            if kept not in data:
+                data[kept] = load(dataset, args.data_dir, limit=limit, mean=mean, test_limit=args.limit)[1].to(device)
+        except (CheckpointError, DataError, RunError) as error:
             print(f'error: {error}', file=sys.stderr)
-            code = 3
+            code = 2 if isinstance(error, DataError) else 3
             continue
-        line = recorded(target, model, published)
-        kept = dataset, line.get('limit', 0) if line else 0  # of the training images, whose mean is subtracted
-        if kept not in data:
-            data[kept] = load(dataset, args.data_dir, limit=kept[1], test_limit=args.limit)[1].to(device)
-        row = {'target': target, 'dataset': dataset, **evaluate(model, data[kept], mean_of(target, line))}
+        row = {'target': target, 'dataset': dataset, **evaluate(model, data[kept])}
         if line and line.get('images', [0, 0])[1] == row['images']:
             equal = abs(row['wrong'] - line['final_wrong']) <= row['ties']
             row |= {'recorded_wrong': line['final_wrong'], 'equal': equal}
@@ -156,8 +166,9 @@ def table(found: list[dict[str, Any]]) -> str:
              f'{"timm error %":>12} {"recorded":>8}']
     for row in found:
         record = f'{row["recorded_wrong"]:>8} {"equal" if row["equal"] else "NOT EQUAL"}' if 'equal' in row else '-'
+        by_timm = '-' if row['error_timm'] is None else f'{row["error_timm"]:.2f}'
         lines.append(f'{row["target"]:<{width}} {row["dataset"]:<8} {row["images"]:>6} {row["wrong"]:>6} '
-                     f'{row["ties"]:>4} {row["error"]:>7.2f} {row["error_timm"]:>12.2f} {record:>8}')
+                     f'{row["ties"]:>4} {row["error"]:>7.2f} {by_timm:>12} {record:>8}')
     return '\n'.join(lines)
 
 
@@ -165,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         found, code = rows(args)
-    except (DataError, RunError) as error:
+    except RunError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     if args.json:

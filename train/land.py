@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hub import cards, claims
+from hub.folder import last_line
 from hub.results import PublishError, diverged, to_ship
 from timm_nonlocal.datasets import TEST_IMAGES, TRAIN_IMAGES
 from timm_nonlocal.files import sha256
@@ -96,9 +97,9 @@ def land(folders: list[Path], results: Path, weights: Path) -> list[str]:
         if run.key not in known:
             known.add(run.key)
             published.append(record)
-            ending = f', diverged in epoch {record["diverged_epoch"]}' if diverged(record) else ''
-            ending += f', on {run.processes} processes: in no table' if run.processes > 1 else ''
-            said.append(f'{run.name}: final error {record["final_error"]:.2f} %{ending}')
+            end = f'diverged in epoch {record["diverged_epoch"]}' if diverged(record) else (
+                f'final error {record["final_error"]:.2f} %')
+            said.append(f'{run.name}: {end}' + f', on {run.processes} processes: in no table' * (run.processes > 1))
     ships = to_ship(published)
     cards.tables_text(published, []), claims.text(published)  # whatever is off raises before anything is written
     write_lines(results, published)
@@ -119,9 +120,9 @@ def make_pages() -> None:
     """README's table, the index, figures and cards, in processes that see the new files."""
     for page in ('hub.index', 'hub.figures', 'hub.cards'):
         result = subprocess.run([sys.executable, '-m', page], cwd=ROOT, capture_output=True, text=True)
-        said = result.stderr.strip().splitlines()
-        if result.returncode and not (page == 'hub.figures' and said[-1].startswith('missing')):
-            raise RunError(f'the runs have landed, but python -m {page} fails: {said[-1]}')
+        said = last_line(result.stderr)
+        if result.returncode and not (page == 'hub.figures' and said.startswith('missing')):
+            raise RunError(f'the runs have landed, but python -m {page} fails: {said}')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print('\n'.join(land([Path(folder) for folder in args.folders], Path(args.results), Path(args.weights))
                         or ['nothing new']))
-        if Path(args.results) == ROOT / 'hub' / 'results.jsonl':
+        if Path(args.results).resolve() == ROOT / 'hub' / 'results.jsonl':
             make_pages()
     except (RunError, PublishError) as error:
         print(f'error: {error}', file=sys.stderr)

@@ -279,3 +279,8 @@ def test_drift_is_noticed_and_not_published(project: Project, tmp_path: Path) ->
         'hub/models/preresnet20.cifar10.md is not what hub/results.jsonl and the weights make it: run '
         'python -m hub.cards',
         'error: its card hub/models/preresnet20.cifar10.md is not what the results make it: run python -m hub.cards']
+
+
+def test_hours_that_runs_shared_are_said_to_be() -> None:
+    alone, five = (card.training_text(made_up(seconds=7200, **more)) for more in ({}, {'at_once': 5}))
+    assert '| hours | 2.00 |' in alone and '| hours | 2.00, of 5 runs side by side |' in five

@@ -331,18 +331,21 @@ def test_a_network_of_others_has_its_line_only(homecoming: tuple[Callable[..., P
     assert go('a') == 0 and landed(tmp_path) == {} and len(read_results(tmp_path / 'results.jsonl')) == 1
 
 
+@pytest.mark.parametrize(('fault', 'said'), [("raise KeyError('weights')", "KeyError: 'weights'"),
+                                             ('import os; os._exit(1)', 'no reason given')])
 def test_a_page_that_fails_is_said(homecoming: tuple[Callable[..., Path], Callable[..., int]], tmp_path: Path,
-                                   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+                                   monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str,
+                                   said: str) -> None:
     make, _ = homecoming
     make('a', Run('preresnet20', seed=9), 9.0)
     monkeypatch.setattr(land, 'ROOT', tmp_path)
     (tmp_path / 'hub').mkdir()
     (tmp_path / 'hub' / '__init__.py').write_text('')
-    (tmp_path / 'hub' / 'index.py').write_text("raise KeyError('weights')")
+    (tmp_path / 'hub' / 'index.py').write_text(fault)
     assert land.main([str(tmp_path / 'a'), '--weights', str(tmp_path / 'weights'), '--results',
                       str(tmp_path / 'hub' / 'results.jsonl')]) == 2
     assert capsys.readouterr().err == (
-        "error: the runs have landed, but python -m hub.index fails: KeyError: 'weights'\n")
+        f'error: the runs have landed, but python -m hub.index fails: {said}\n')
 
 
 def test_what_does_not_land_changes_nothing(homecoming: tuple[Callable[..., Path], Callable[..., int]], tmp_path: Path,

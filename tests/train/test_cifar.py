@@ -254,7 +254,7 @@ def test_a_folder_with_a_run_is_not_overwritten(small_cifar_here: Path, finished
     fails('holds another run (its seed is 0, not 1)', small_cifar_here, *RESUME, '--seed', '1', folder=finished)
     fails('its architecture is preresnet20_nl_proposed_k1, not preresnet20_nl_proposed_k2', small_cifar_here,
           *RESUME, '--model', 'preresnet20_nl_proposed_k2', folder=finished)
-    fails("its recipe is {'epochs': 2", small_cifar_here, *RESUME, '--lr', '0.2', folder=finished)
+    fails('holds another run (its lr is 0.1, not 0.2): name', small_cifar_here, *RESUME, '--lr', '0.2', folder=finished)
     assert train(small_cifar_here, finished, *RESUME) == 0 and 'is finished: final error' in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in finished.iterdir()}
 
@@ -385,3 +385,13 @@ def test_missing_and_damaged_data(small_cifar_here: Path, tmp_path: Path, fails:
 
 def test_batch_too_small_for_the_processes(small_cifar_here: Path, fails: Callable[..., None]) -> None:
     fails('the last batch of an epoch has 1 images', small_cifar_here, '--limit', '33')
+
+
+def test_seeds_that_were_saved_together_are_named(small_cifar_here: Path, tmp_path: Path, fails: Callable[..., None],
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(small_cifar_here, tmp_path / 'm', '--seeds', '0', '3', '--max-minutes', '1e-9') == 124
+    capsys.readouterr()
+    fails(f'{tmp_path}/m/seed0 goes on with all that were saved in it, --seeds 0 3: ask for those', small_cifar_here,
+          *RESUME, folder=tmp_path / 'm' / 'seed0')
+    fails(f'seed5/state.safetensors is missing: name another --output-dir, or delete {tmp_path}/m/seed0 to start',
+          small_cifar_here, *RESUME, '--seeds', '5', '0', folder=tmp_path / 'm')

@@ -200,3 +200,30 @@ def test_timms_own_pipeline_finds_the_recorded_error_of_fine_tuned_weights(cifar
         digest = sha256({key: value.contiguous() for key, value in model.state_dict().items()})
         line, = (line for line in records if line['sha256'] == digest)
         assert wrong == line['final_wrong'], name
+
+
+def test_a_network_of_others_is_less_the_mean_that_it_was_trained_without(
+        small_cifar_here: Path, call: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own config has another mean, and a deviation by which timm divides: no error is said to be timm's."""
+    assert train(small_cifar_here, tmp_path / 'run', '--model', 'test_resnet', '--model-kwargs', '--mean', 'colour',
+                 '--lr', '0.01') == 0
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('train.evaluate.logits_of', lambda model, images, columns: (
+            seen.append(images.mean), logits_of(model, images, columns))[1])
+        code, (row,), _ = call(tmp_path / 'run')
+    assert (code, row['equal'], row['error_timm']) == (0, True, None)
+    assert torch.equal(seen[0], load('cifar10', small_cifar_here, mean='colour')[1].mean) and len(seen) == 1
+    assert main([str(tmp_path / 'run'), '--data-dir', str(small_cifar_here)]) == 0
+    assert capsys.readouterr().out.split()[-3:] == ['-', str(row['wrong']), 'equal']
+
+
+def test_what_is_off_with_one_target_costs_no_other(trained: Path, call: Callable[..., Any], tmp_path: Path) -> None:
+    other = tmp_path / 'preresnet20.cifar100.safetensors'
+    save_file(timm.create_model('preresnet20', num_classes=100).state_dict(), other)
+    code, rows, err = call(trained, other)
+    assert (code, len(rows)) == (2, 1) and 'cifar-100-python is missing' in err and err.count('\n') == 1
+    damaged = shutil.copytree(trained, tmp_path / 'damaged')
+    (damaged / 'results.jsonl').write_text('nonsense')
+    code, rows, err = call(damaged, trained)
+    assert (code, len(rows)) == (3, 1) and 'results.jsonl, line 1 is not a JSON object' in err

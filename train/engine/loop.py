@@ -280,11 +280,14 @@ def check_same_runs(runs: Sequence[Run], progress: Progress, source: str) -> Non
     """Raises RunError if a saved progress is not that of these runs."""
     saved = [Run.from_dict(state['run']) for state in progress['runs']]
     if len(saved) != len(runs):
-        raise RunError(f'{source} holds another run (it has {len(saved)} side by side, not {len(runs)}): '
-                       f'name another --output-dir')
+        seeds = ' '.join(str(run.seed) for run in saved)
+        raise RunError(f'{source} goes on with all that were saved in it, --seeds {seeds}: ask for those, or name '
+                       f'another --output-dir')
     for run, was in zip(runs, saved, strict=True):
         asked, kept = run.to_dict(), was.to_dict()
-        other = [f'its {key} is {kept[key]}, not {asked[key]}' for key in asked
-                 if getattr(was, key) != getattr(run, key)]
+        for fields in asked, kept:  # the recipe's fields are options of their own
+            fields |= fields.pop('recipe')
+        other = [f'its {key.replace("_", " ")} is {kept[key]}, not {asked[key]}' for key in asked
+                 if kept[key] != asked[key] and (key != 'start' or was.start != run.start)]
         if other:
             raise RunError(f'{source} holds another run ({"; ".join(other)}): name another --output-dir')

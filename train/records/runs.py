@@ -23,7 +23,7 @@ from timm_nonlocal.checkpoints.targets import near_names
 from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.recipes import PAPER, RECIPES, Recipe, nearest, recipe_id
 
-__all__ = ['ROOT', 'Run', 'Start', 'describe_result', 'nonlocal_choices', 'parse_kwargs', 'surroundings']
+__all__ = ['ROOT', 'Run', 'Start', 'describe_result', 'first_line', 'nonlocal_choices', 'parse_kwargs', 'surroundings']
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 32  # of CIFAR's images
@@ -164,6 +164,7 @@ def parse_kwargs(items: Sequence[str]) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
+    """What an error says, or of what kind it is where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip('.')
 
 
