@@ -395,3 +395,13 @@ def test_seeds_that_were_saved_together_are_named(small_cifar_here: Path, tmp_pa
           *RESUME, folder=tmp_path / 'm' / 'seed0')
     fails(f'seed5/state.safetensors is missing: name another --output-dir, or delete {tmp_path}/m/seed0 to start',
           small_cifar_here, *RESUME, '--seeds', '5', '0', folder=tmp_path / 'm')
+
+
+@pytest.mark.slow
+def test_two_processes_that_diverge_have_an_error(small_cifar: Path, tmp_path: Path) -> None:
+    """Also where the epoch is not one that is tested."""
+    launched = on_two_processes(small_cifar, tmp_path / 'n', '--lr', '1e9', '--test-every', '9', '--epochs', '9')
+    assert launched.returncode == 0, launched.stderr
+    record = result(tmp_path / 'n')
+    assert record['diverged_epoch'] < 9 and record['final_error'] is not None
+    assert record['diverged_step'] == 4 * record['diverged_epoch']
