@@ -27,6 +27,7 @@ import timm  # noqa: E402
 
 from hub.results import diverged  # noqa: E402
 from timm_nonlocal.recipes import RECIPES, nearest  # noqa: E402
+from train import cifar  # noqa: E402
 from train.engine.stop import Stop, StopReason  # noqa: E402
 from train.options import Parser, number, whole  # noqa: E402
 from train.records import run_dir, state  # noqa: E402
@@ -37,7 +38,6 @@ from train.scheduling.planned import PlannedRun, after_divergence, planned_runs 
 from train.scheduling.workers import ENGINES, Local, Ray, Task  # noqa: E402
 
 Engine = Local | Ray
-SCRIPT = ROOT / 'train' / 'cifar.py'
 LOOK = 1.0  # seconds between two looks at what runs
 SAVING = 60.0  # seconds before --max-minutes at which runs are told to stop, at most a tenth of it
 
@@ -92,6 +92,8 @@ class Campaign:
         self.failed: list[str] = []
         if self.folder.exists() and not self.folder.is_dir():
             raise RunError(f'--output-dir {self.folder} is a file: name a folder')
+        for planned in list(self.planned):
+            self.follow(planned, self.record(planned))
 
     # What there is
 
@@ -126,7 +128,7 @@ class Campaign:
         if not planned.start:
             return ''
         first = self.place(planned.start, seed=0)
-        if read_results(first / run_dir.RESULTS):
+        if any(not diverged(line) for line in read_results(first / run_dir.RESULTS)):
             return str(first)
         return planned.start if timm.is_model_pretrained(planned.start) else None
 
@@ -161,7 +163,7 @@ class Campaign:
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f'{group[0].name}.log'
         self.jobs.append(Job(group, slot, self.engine.begin(
-            [str(SCRIPT), *self.words(group)], slot, log, group[0].run.mixed_precision)))
+            [cifar.__file__, *self.words(group)], slot, log, group[0].run.mixed_precision)))
 
     def next_group(self) -> list[PlannedRun]:
         """The next run that can begin, cut ones first: with those that it was saved with, or on a GPU with the other
@@ -197,8 +199,6 @@ class Campaign:
 
     def run(self, stop: Stop) -> None:
         """Keeps every core or GPU at work until nothing is left or there is a reason to stop; then all runs save."""
-        for planned in list(self.planned):
-            self.follow(planned, self.record(planned))
         try:
             while not stop.reason:
                 self.reap()
@@ -243,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         campaign = Campaign(args, ENGINES[args.engine](args.jobs))
+        cifar.parse(campaign.words(campaign.planned[:1]))  # what is off is said once, not run by run
         if args.dry_run:
             print(campaign.table())
             return 0

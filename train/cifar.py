@@ -296,6 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, DataError, RunError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step, or the second one
+        return StopReason.SIGNAL
 
 
 if __name__ == '__main__':

@@ -172,3 +172,7 @@ def test_pairs_start_from_the_same_weights() -> None:
         line = claims.compare(rows[stage], rows[base], 'cifar10', [tuned(base, 9.0, '0'), tuned(stage, 8.0, start)],
                               'ft')
         assert line.endswith(f'| -1.00 | none | {n} | open |')
+
+
+def test_many_runs_take_no_time() -> None:
+    assert claims.shift([*range(40)], [*range(100, 140)]).coverage == pytest.approx(0.95, abs=0.01)

@@ -161,6 +161,9 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
     assert say('--only', 'nothing*') == (
         'error: --only nothing*: no run has such a name; --dry-run lists them\n')
+    with pytest.raises(SystemExit, match='2'):
+        say('--', '--epochs', '0')
+    assert capsys.readouterr().err == 'error: argument --epochs: 0 is not a whole number of at least 1\n'
     (tmp_path / 'x').write_text('')
     assert say() == f'error: --output-dir {tmp_path / "x"} is a file: name a folder\n'
 
@@ -243,11 +246,9 @@ def test_what_is_published_is_not_repeated(campaign_of: Callable[..., Campaign],
 
 def test_a_short_run_that_diverged_is_followed_by_one_with_a_lower_rate(campaign_of: Callable[..., Campaign],
                                                                         tmp_path: Path) -> None:
-    made = campaign_of('preresnet20_nl_original_k3.cifar10.short.seed0')
-    planned, = made.planned
+    planned, = campaign_of(name := 'preresnet20_nl_original_k3.cifar10.short.seed0').planned
     finish(tmp_path / 'c', planned, diverged_epoch=1, diverged_step=64)
-    made.engine.slots = []  # nothing can begin
-    made.run(campaign.Stop())
+    made = campaign_of(name)
     assert [each.name for each in made.planned] == [
         planned.name, 'preresnet20_nl_original_k3.cifar10.short.lr0.01.seed0']
     assert after_divergence(made.planned[1]) is None and after_divergence(PlannedRun(Run('preresnet20'))) is None
@@ -449,3 +450,10 @@ def test_a_run_from_trained_weights_is_not_the_papers(campaign_of: Callable[...,
     run_dir.write_lines(tmp_path / 'results.jsonl', [line])
     assert deviations(line) == ['from trained weights'] and tag(line) is None
     assert campaign_of('*', results=tmp_path / 'results.jsonl').condition(planned) == 'missing'
+
+
+def test_nothing_starts_from_weights_that_diverged(campaign_of: Callable[..., Campaign], tmp_path: Path) -> None:
+    tuned, = campaign_of('preresnet56.cifar100.ft.seed0').planned
+    first, = campaign_of('preresnet56.cifar100.seed0').planned
+    finish(tmp_path / 'c', first, diverged_epoch=1)
+    assert campaign_of('*').start(tuned) != str(tmp_path / 'c' / first.name)

@@ -405,3 +405,11 @@ def test_two_processes_that_diverge_have_an_error(small_cifar: Path, tmp_path: P
     record = result(tmp_path / 'n')
     assert record['diverged_epoch'] < 9 and record['final_error'] is not None
     assert record['diverged_step'] == 4 * record['diverged_epoch']
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('train.cifar.load', interrupted)
+    assert train(tmp_path, tmp_path / 'o') == 130 and not (tmp_path / 'o').exists()
