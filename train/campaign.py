@@ -38,6 +38,7 @@ from train.scheduling.planned import PlannedRun, after_divergence, planned_runs 
 from train.scheduling.workers import ENGINES, Local, Ray, Task  # noqa: E402
 
 Engine = Local | Ray
+GIVEN = 'model', 'model_kwargs', 'dataset', 'start', 'seeds', 'output_dir'  # options that make a planned run
 LOOK = 1.0  # seconds between two looks at what runs
 SAVING = 60.0  # seconds before --max-minutes at which runs are told to stop, at most a tenth of it
 
@@ -157,13 +158,20 @@ class Campaign:
             flags['--start'] = start
         words = [str(word) for pair in flags.items() for word in pair]
         words += ['--model-kwargs', *run.model_kwargs] if run.model_kwargs else []
-        return [*words, *self.options, '--seeds', *(str(planned.run.seed) for planned in group)]
+        return [*words, '--seeds', *(str(planned.run.seed) for planned in group)]
+
+    def check_options(self) -> None:
+        """Raises ValueError where a further option is one that the campaign gives; one that is off ends the process."""
+        words = self.words(self.planned[:1])
+        own, asked = (vars(cifar.parse([*words, *more])) for more in (list[str](), self.options))
+        if taken := [name for name in GIVEN if own[name] != asked[name]]:
+            raise ValueError(f'-- {" ".join(self.options)}: the campaign itself gives --{taken[0].replace("_", "-")}')
 
     def begin(self, group: list[PlannedRun], slot: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f'{group[0].name}.log'
         self.jobs.append(Job(group, slot, self.engine.begin(
-            [cifar.__file__, *self.words(group)], slot, log, group[0].run.mixed_precision)))
+            [cifar.__file__, *self.words(group), *self.options], slot, log, group[0].run.mixed_precision)))
 
     def next_group(self) -> list[PlannedRun]:
         """The next run that can begin, cut ones first: with those that it was saved with, or on a GPU with the other
@@ -243,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(argv)
         campaign = Campaign(args, ENGINES[args.engine](args.jobs))
-        cifar.parse(campaign.words(campaign.planned[:1]))  # what is off is said once, not run by run
+        campaign.check_options()  # once, not run by run
         if args.dry_run:
             print(campaign.table())
             return 0
@@ -255,6 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RunError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the second one: the runs save without us
+        return StopReason.SIGNAL
     return StopReason.SIGNAL if stop.signalled else 1 if campaign.failed else 0
 
 

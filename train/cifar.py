@@ -41,7 +41,7 @@ from timm_nonlocal.datasets import DATASETS, DataError  # noqa: E402
 from timm_nonlocal.recipes import ANNEALS, MEANS, PAPER, RECIPES  # noqa: E402
 from train.engine.data import load  # noqa: E402
 from train.engine.execution import Execution  # noqa: E402
-from train.engine.loop import Trainer, check_same_runs  # noqa: E402
+from train.engine.loop import Trainer  # noqa: E402
 from train.engine.processes import Processes, end  # noqa: E402
 from train.engine.progress import Bar  # noqa: E402
 from train.engine.stop import Stop, StopReason  # noqa: E402
@@ -110,6 +110,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     args.recipe = recipe_of(args)
+    if (last := max(args.spectrum_epochs or [0])) > args.recipe.epochs:
+        parser.error(f'--spectrum-epochs {last}: the run has {args.recipe.epochs} epochs')
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f'--seeds {" ".join(map(str, args.seeds))}: each only once')
     missing = sorted(set(args.log_with) - {str(tracker) for tracker in get_available_trackers()})
@@ -265,7 +267,7 @@ def read_state(folders: list[Path], runs: list[Run], resume: bool) -> tuple[dict
         tensors, progress = state.load(folders[0] / run_dir.STATE)
     except RunError as error:
         raise RunError(f'{error}: name another --output-dir, or delete {taken[0]} to start again') from error
-    check_same_runs(runs, progress, str(folders[0]))
+    run_dir.check_same_runs(runs, progress, str(folders[0]))
     return tensors, progress
 
 

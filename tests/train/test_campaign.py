@@ -164,6 +164,8 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit, match='2'):
         say('--', '--epochs', '0')
     assert capsys.readouterr().err == 'error: argument --epochs: 0 is not a whole number of at least 1\n'
+    for option in ('--seeds 3', '--output-dir y'):
+        assert say('--', *option.split()) == f'error: -- {option}: the campaign itself gives {option.split()[0]}\n'
     (tmp_path / 'x').write_text('')
     assert say() == f'error: --output-dir {tmp_path / "x"} is a file: name a folder\n'
 

@@ -316,6 +316,7 @@ def test_unknown_model_names_near_ones(small_cifar_here: Path, fails: Callable[.
     (('--log-with', 'dvclive'), '--log-with dvclive: not installed'),
     (('--seeds', '1', '1'), '--seeds 1 1: each only once'),
     (('--epochs', '0'), 'argument --epochs: 0 is not a whole number of at least 1'),
+    (('--epochs', '9', '--spectrum-epochs', '8', '10'), '--spectrum-epochs 10: the run has 9 epochs'),
 ])
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(SystemExit) as exit:

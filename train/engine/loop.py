@@ -20,7 +20,7 @@ from train.engine.stop import Stop, StopReason
 from train.records.runs import Run, describe_result, surroundings
 from train.records.state import Progress, RunError, RunProgress
 
-__all__ = ['Trainer', 'check_same_runs']
+__all__ = ['Trainer']
 
 ASK = 32  # steps between two agreements of several processes
 SAVE = 1  # beside the reasons to stop, less than any of them: save and go on
@@ -107,9 +107,8 @@ class Trainer:
         """Goes on from a state that was saved.
 
         Raises:
-            RunError: it is that of other runs, another number of images or other networks; `source` names it.
+            RunError: it is of another number of images or of other networks; `source` names it.
         """
-        check_same_runs(self.runs, progress, source)
         if progress['data'] != self.progress['data']:
             raise RunError(f'{source} was trained on {progress["data"][0]} images and tested on {progress["data"][1]}, '
                            f'not {len(self.train_set)} and {len(self.test_set)}: check --data-dir')
@@ -274,20 +273,3 @@ class Trainer:
 def ended(state: RunProgress) -> bool:
     """Whether a run's loss was not finite in the last epoch that it has: no weight becomes finite again."""
     return bool(state['history']) and state['history'][-1]['train_loss'] is None
-
-
-def check_same_runs(runs: Sequence[Run], progress: Progress, source: str) -> None:
-    """Raises RunError if a saved progress is not that of these runs."""
-    saved = [Run.from_dict(state['run']) for state in progress['runs']]
-    if len(saved) != len(runs):
-        seeds = ' '.join(str(run.seed) for run in saved)
-        raise RunError(f'{source} goes on with all that were saved in it, --seeds {seeds}: ask for those, or name '
-                       f'another --output-dir')
-    for run, was in zip(runs, saved, strict=True):
-        asked, kept = run.to_dict(), was.to_dict()
-        for fields in asked, kept:  # the recipe's fields are options of their own
-            fields |= fields.pop('recipe')
-        other = [f'its {key.replace("_", " ")} is {kept[key]}, not {asked[key]}' for key in asked
-                 if kept[key] != asked[key] and (key != 'start' or was.start != run.start)]
-        if other:
-            raise RunError(f'{source} holds another run ({"; ".join(other)}): name another --output-dir')

@@ -33,10 +33,10 @@ from torch import Tensor
 from hub.results import PublishError, load
 from train.records import state
 from train.records.runs import Run, parse_kwargs
-from train.records.state import RunError, write, writing
+from train.records.state import Progress, RunError, write, writing
 
-__all__ = ['CONFIG', 'CURVE', 'MODEL', 'RESULTS', 'SPECTRA', 'STATE', 'check_place', 'holds_run', 'is_finished',
-           'locked', 'read_results', 'save_curve', 'save_model', 'sha256', 'write_lines']
+__all__ = ['CONFIG', 'CURVE', 'MODEL', 'RESULTS', 'SPECTRA', 'STATE', 'check_place', 'check_same_runs', 'holds_run',
+           'is_finished', 'locked', 'read_results', 'save_curve', 'save_model', 'sha256', 'write_lines']
 
 STATE, CURVE, MODEL, CONFIG, RESULTS, SPECTRA = (
     'state.safetensors', 'curve.csv', 'model.safetensors', 'config.json', 'results.jsonl', 'spectra.jsonl')
@@ -135,3 +135,20 @@ def holds_run(folder: Path) -> bool:
 
 def is_finished(folders: Sequence[Path]) -> bool:
     return all((folder / RESULTS).is_file() for folder in folders)
+
+
+def check_same_runs(runs: Sequence[Run], progress: Progress, source: str) -> None:
+    """Raises RunError if a saved progress is not that of these runs."""
+    saved = [Run.from_dict(state['run']) for state in progress['runs']]
+    if len(saved) != len(runs):
+        seeds = ' '.join(str(run.seed) for run in saved)
+        raise RunError(f'{source} goes on with all that were saved in it, --seeds {seeds}: ask for those, or name '
+                       f'another --output-dir')
+    for run, was in zip(runs, saved, strict=True):
+        asked, kept = run.to_dict(), was.to_dict()
+        for fields in asked, kept:  # the recipe's fields are options of their own
+            fields |= fields.pop('recipe')
+        other = [f'its {key.replace("_", " ")} is {kept[key]}, not {asked[key]}' for key in asked
+                 if kept[key] != asked[key] and (key != 'start' or was.start != run.start)]
+        if other:
+            raise RunError(f'{source} holds another run ({"; ".join(other)}): name another --output-dir')
