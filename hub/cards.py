@@ -35,7 +35,7 @@ from .results import (
     summary,
 )
 
-__all__ = ['CARDS', 'MODEL_CARD', 'current', 'make', 'path_of']
+__all__ = ['CARDS', 'MODEL_CARD', 'current', 'make', 'parts', 'path_of']
 
 MODEL_CARD = HUB.parent / 'MODEL_CARD.md'
 CARDS = HUB / 'models'
@@ -153,13 +153,10 @@ def figures_text(drawn: dict[int, list[Drawn]]) -> str:
     return '\n\n'.join(parts)
 
 
-def model_card(text: str, records: list[Record], files: list[Shipped], drawn: dict[int, list[Drawn]]) -> str:
-    """MODEL_CARD.md with its generated parts made anew."""
-    for name, content in (('weights', weights_text(files)), ('tables', tables_text(records, files)),
-                          ('figures', figures_text(drawn)), ('conclusions', claims.text(records)),
-                          ('depth', depth_text(records)), ('stable', stable_text(records))):
-        text = replace_block(text, name, MODULE, content)
-    return text
+def parts(records: list[Record], files: list[Shipped], drawn: dict[int, list[Drawn]]) -> dict[str, str]:
+    """What MODEL_CARD.md's generated parts hold. Raises PublishError for records that no honest table can show."""
+    return {'weights': weights_text(files), 'tables': tables_text(records, files), 'figures': figures_text(drawn),
+            'conclusions': claims.text(records), 'depth': depth_text(records), 'stable': stable_text(records)}
 
 
 def update(text: str, made: tuple[str, str]) -> str:
@@ -184,7 +181,10 @@ def make(folder: Path = HUB.parent) -> tuple[dict[Path, str], list[str]]:
     records = load()
     files = shipped(records)
     drawn = figures.collect(records, files)
-    cards = {MODEL_CARD: model_card(MODEL_CARD.read_text(), records, files, drawn)}
+    text = MODEL_CARD.read_text()
+    for name, content in parts(records, files, drawn).items():
+        text = replace_block(text, name, MODULE, content)
+    cards = {MODEL_CARD: text}
     cards |= {path_of(file): current(file, records) for file in files}
     problems = [f'{path.relative_to(folder)} has no weights: delete it'
                 for path in sorted(CARDS.glob('*.md')) if path not in cards]

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hub import cards, claims
+from hub import cards, figures
 from hub.folder import last_line
 from hub.results import PublishError, diverged, to_ship
 from timm_nonlocal.datasets import TEST_IMAGES, TRAIN_IMAGES
@@ -101,7 +101,7 @@ def land(folders: list[Path], results: Path, weights: Path) -> list[str]:
                 f'final error {record["final_error"]:.2f} %')
             said.append(f'{run.name}: {end}' + f', on {run.processes} processes: in no table' * (run.processes > 1))
     ships = to_ship(published)
-    cards.tables_text(published, []), claims.text(published)  # whatever is off raises before anything is written
+    cards.parts(published, [], figures.collect(published, []))  # whatever is off raises before anything is written
     write_lines(results, published)
     for name, record in ships.items():
         path = weights / f'{name}.safetensors'

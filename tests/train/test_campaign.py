@@ -360,6 +360,9 @@ def test_what_does_not_land_changes_nothing(homecoming: tuple[Callable[..., Path
     make('toy', Run('preresnet20', seed=6), 8.0, images=[512, 100])
     make('twice', Run('preresnet20', seed=7, recipe=FINE_TUNING, start=Start('a', '1')), 8.0)
     make('twice/again', Run('preresnet20', seed=7, recipe=FINE_TUNING, start=Start('b', '2')), 8.0)
+    symmetric = Run('preresnet20_nl_proposed_k5', recipe=FINE_TUNING, model_kwargs=("nl_args={'symmetric': True}",))
+    make('double', replace(symmetric, start=Start('a', '1')), 8.0)
+    make('double/again', replace(symmetric, start=Start('b', '2')), 8.0)
     lacking = make('lacking', Run('preresnet20', seed=5), 8.0)
     run_dir.write_lines(lacking / run_dir.RESULTS, [{
         key: value for key, value in result(lacking).items() if key != 'best_epoch'}])
@@ -373,6 +376,7 @@ def test_what_does_not_land_changes_nothing(homecoming: tuple[Callable[..., Path
                             ('lacking', 'line 1 lacks best_epoch'),
                             ('toy', 'was trained on 512 images and tested on 100, where cifar10 has 50000 and 10000'),
                             ('twice', 'two runs of preresnet20.cifar10 with seed 7'), ('unknown', 'not in the history'),
+                            ('double', 'two runs of preresnet20_nl_proposed_k5.cifar10 with seed 0'),
                             ('dirty', 'not in the history'), ('untold', 'was made by an unknown commit: run it from'),
                             ('broken', 'is missing, or not what'),
                             ('empty', 'holds no finished run')):

@@ -245,3 +245,14 @@ def test_a_seed_that_diverges_beside_another(monkeypatch: pytest.MonkeyPatch) ->
     assert all(other[key] == alone[key] for key in ('train_loss', 'train_error', 'test_error', 'diverged_step'))
     assert (lost['diverged_epoch'], lost['diverged_step'], lost['train_loss']) == (1, 2, [None])
     assert lost['final_error'] == lost['test_error'][0] is not None
+
+
+def test_the_commit_is_that_of_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree may change while a run goes on, for which it has long read its code."""
+    from train.engine import loop
+    monkeypatch.setattr(loop, 'surroundings', lambda device: {'commit': 'first'})
+    trainer = Trainer([Run('preresnet20', recipe=Recipe(epochs=1, batch_size=8))], random_images(8), random_images(2))
+    assert not trainer.run(Stop(), save=lambda *_: None)
+    monkeypatch.setattr(loop, 'surroundings', lambda device: {'commit': 'later'})
+    (record, _), = trainer.results()
+    assert record['commit'] == 'first'

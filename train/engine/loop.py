@@ -48,6 +48,7 @@ class Trainer:
         self.processes, self.spectrum_epochs = processes or Processes(), set(spectrum_epochs)
         self.epochs, self.batch_size = runs[0].recipe.epochs, runs[0].recipe.batch_size
         self.device = train_set.labels.device
+        self.where = surroundings(self.device)  # at the end the tree may be another one
         if len({(run.dataset, run.limit, run.recipe.epochs, run.recipe.mean, run.compile, run.test_every)
                 for run in runs}) > 1:
             raise ValueError('runs side by side need the same data set and preprocessing, limit, number of epochs, '
@@ -262,10 +263,9 @@ class Trainer:
 
     def results(self, **more: Any) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
         """For every finished run its line of results (without the weights' sha256) and its weights on the CPU."""
-        where = surroundings(self.device)
         return [(describe_result(run, state['history'], self.progress['data'], state['spectra'],
-                                 seconds=self.progress['seconds'], at_once=len(self.runs),
-                                 **{**asdict(self.execution), 'graph': self.pool.graphs is not None}, **where, **more),
+                                 seconds=self.progress['seconds'], at_once=len(self.runs), **self.where,
+                                 **{**asdict(self.execution), 'graph': self.pool.graphs is not None}, **more),
                  {name: tensor.cpu().contiguous() for name, tensor in learner.bare.state_dict().items()})
                 for run, learner, state in zip(self.runs, self.learners, self.progress['runs'], strict=True)]
 
