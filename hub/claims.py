@@ -170,9 +170,9 @@ def text(records: list[Record]) -> str:
         'chance. '
         f'{paper.RUNS} runs each cannot rank the proposed k = 4, 5 and 6, whose medians in the paper are within '
         f'{" and ".join(f"{span:.2f}" for span in spans)} points of each other in the two tables.',
-        'With the recipe `ft` two networks are compared seed by seed where they have seeds in common: the median is '
-        'that of the means of all two differences, and no fewer than five pairs can decide a claim. A run that '
-        'diverged has no final error, so that it is in no difference and no interval.']
+        'With the recipe `ft` two networks are compared seed by seed where they have seeds in common and started from '
+        'the same weights: the median is that of the means of all two differences, and no fewer than five pairs can '
+        'decide a claim. A run that diverged has no final error, so that it is in no difference and no interval.']
     for recipe in ('paper', 'ft'):
         parts += [table(f'{of.title}, recipe {recipe}: differences',
                         ['| lower error | paper | ours | interval | n | claim |',
