@@ -54,7 +54,7 @@ def results_text(file: Shipped, records: list[Record]) -> str:
     theirs, name = paper.error(file.architecture, file.dataset), file.recipe
     found = counted(records, file.architecture, file.dataset, name)
     ours = summary(found.finished)
-    median = ('' if not ours else ', the only run' if len(found.all) == 1 else
+    median = ('' if file.record not in found.finished else ', the only run' if len(found.all) == 1 else
               ', a median run' if file.record in median_records(found.finished) else ', not a median run')
     interval = f'{ours.median:.2f} ({ours.lowest:.2f}–{ours.highest:.2f}, n = {found.n})' if ours else 'none'
     lines = ['| | test error after the last epoch, % |', '| --- | --- |',
@@ -90,8 +90,8 @@ def training_text(record: Record) -> str:
     rows = [
         ('data', f'{DATASETS[record["dataset"]].title}, divided by 255, the training images’ mean {recipe.mean} '
                  f'subtracted; random crops of the image padded by 4, random flips'),
-        ('starts from', start and f'`{start["name"]}` (sha256 `{start["sha256"][:12]}`), the nonlocal modules as the '
-                                  f'identity'),
+        ('starts from', start and f'`{start["name"]}` (sha256 `{start["sha256"][:12]}`)' + (
+            ', the nonlocal modules as the identity' * ('_nl_' in record['architecture']))),
         ('recipe', f'`{recipe_id(recipe)}`: {recipe.epochs} epochs, batch {recipe.batch_size}, SGD with '
                    f'{"Nesterov " * recipe.nesterov}momentum {recipe.momentum}, weight decay {recipe.weight_decay} on '
                    f'every parameter, {rates(recipe)}'),

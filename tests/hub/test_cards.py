@@ -284,3 +284,16 @@ def test_drift_is_noticed_and_not_published(project: Project, tmp_path: Path) ->
 def test_hours_that_runs_shared_are_said_to_be() -> None:
     alone, five = (card.training_text(made_up(seconds=7200, **more)) for more in ({}, {'at_once': 5}))
     assert '| hours | 2.00 |' in alone and '| hours | 2.00, of 5 runs side by side |' in five
+
+
+def test_weights_of_no_recipe_stand_beside_the_runs_of_one() -> None:
+    other = made_up(recipe={**PAPER.to_dict(), 'epochs': 10})
+    file = results.Shipped('preresnet20.cifar10', Path('x'), other['sha256'], other)
+    text = card.results_text(file, [other, made_up(seed=1, error=7.0)])
+    assert '| this file (seed 0) | 8.00 |' in text and '| 7.00 (7.00–7.00, n = 1) |' in text
+
+
+def test_a_plain_backbone_starts_with_no_nonlocal_module() -> None:
+    for name, said in (('preresnet20', False), ('preresnet20_nl_proposed_k5', True)):
+        text = card.training_text(made_up(name, recipe=FINE_TUNING.to_dict(), start={'name': 'x', 'sha256': '0'}))
+        assert '| starts from | `x` (sha256 `0`)' in text and ('as the identity |' in text) == said
