@@ -101,7 +101,7 @@ def training_text(record: Record) -> str:
         ('hours', f'{record["seconds"] / 3600:.2f}' + f', of {at_once} runs side by side' * (at_once > 1)
          if record.get('seconds') else None),
         ('versions', ', '.join(f'{name} {version}' for name, version in versions.items() if version)),
-        ('commit', f'`{record["commit"]}`' if record.get('commit') else None),
+        ('commit', ', '.join(f'`{commit}`' for commit in record.get('commits') or [record.get('commit')] if commit)),
         ('sha256', f'`{record["sha256"]}`'),
     ]
     return '\n'.join(['| | |', '| --- | --- |', *(f'| {name} | {value} |' for name, value in rows if value)])

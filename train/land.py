@@ -63,10 +63,11 @@ def check(folder: Path, record: dict[str, Any]) -> None:
     if (train, test) != (TRAIN_IMAGES, TEST_IMAGES):
         raise RunError(f'{folder} was trained on {train} images and tested on {test}, where {record["dataset"]} has '
                        f'{TRAIN_IMAGES} and {TEST_IMAGES}: it does not land')
-    commit = record.get('commit') or ''
-    if not commit or commit.endswith('-dirty') or not in_history(commit):
-        made_by = f'{commit}, which is not in the history' if commit else 'an unknown commit'
-        raise RunError(f'{folder} was made by {made_by}: run it from committed code, with GIT_COMMIT where git is not')
+    for commit in record.get('commits') or [record.get('commit')]:
+        if not commit or commit.endswith('-dirty') or not in_history(commit):
+            made_by = f'{commit}, which is not in the history' if commit else 'an unknown commit'
+            raise RunError(f'{folder} was made by {made_by}: run it from committed code, with GIT_COMMIT where git is '
+                           f'not')
     model = folder / run_dir.MODEL
     if not model.is_file() or sha256(model) != record['sha256']:
         raise RunError(f'{model} is missing, or not what {run_dir.RESULTS} says: its sha256 is to be '

@@ -367,6 +367,7 @@ def test_what_does_not_land_changes_nothing(homecoming: tuple[Callable[..., Path
     run_dir.write_lines(lacking / run_dir.RESULTS, [{
         key: value for key, value in result(lacking).items() if key != 'best_epoch'}])
     make('unknown', Run('preresnet20', seed=1), 8.0, commit='abc')
+    make('mixed', Run('preresnet20', seed=8), 8.0, commits=['known-dirty', 'known'])
     make('untold', Run('preresnet20', seed=4), 8.0, commit=None)
     make('dirty', Run('preresnet20', seed=2), 8.0, commit='known-dirty')
     broken = make('broken', Run('preresnet20', seed=3), 8.0)
@@ -377,7 +378,8 @@ def test_what_does_not_land_changes_nothing(homecoming: tuple[Callable[..., Path
                             ('toy', 'was trained on 512 images and tested on 100, where cifar10 has 50000 and 10000'),
                             ('twice', 'two runs of preresnet20.cifar10 with seed 7'), ('unknown', 'not in the history'),
                             ('double', 'two runs of preresnet20_nl_proposed_k5.cifar10 with seed 0'),
-                            ('dirty', 'not in the history'), ('untold', 'was made by an unknown commit: run it from'),
+                            ('dirty', 'not in the history'), ('mixed', 'by known-dirty, which is not in'),
+                            ('untold', 'was made by an unknown commit: run it from'),
                             ('broken', 'is missing, or not what'),
                             ('empty', 'holds no finished run')):
         assert go('good', folder) == 2

@@ -182,6 +182,7 @@ def test_a_state_of_before_is_continued(small_cifar_here: Path, tmp_path: Path,
 
     def older(path: Path, tensors: dict[str, torch.Tensor], progress: Any) -> None:
         progress = json.loads(json.dumps(progress))
+        del progress['commits']
         for kept in progress['runs']:
             del kept['run']['start'], kept['run']['test_every'], kept['diverged_step']
             for key in ('nesterov', 'warmup', 'anneal', 'mean'):
@@ -247,12 +248,20 @@ def test_a_seed_that_diverges_beside_another(monkeypatch: pytest.MonkeyPatch) ->
     assert lost['final_error'] == lost['test_error'][0] is not None
 
 
-def test_the_commit_is_that_of_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tree may change while a run goes on, for which it has long read its code."""
+def test_the_commits_are_those_of_every_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree may change while a run goes on, for which it has long read its code, and between its parts."""
     from train.engine import loop
-    monkeypatch.setattr(loop, 'surroundings', lambda device: {'commit': 'first'})
-    trainer = Trainer([Run('preresnet20', recipe=Recipe(epochs=1, batch_size=8))], random_images(8), random_images(2))
-    assert not trainer.run(Stop(), save=lambda *_: None)
+
+    def part(commit: str) -> Trainer:
+        monkeypatch.setattr(loop, 'surroundings', lambda device: {'commit': commit})
+        return Trainer([Run('preresnet20', recipe=Recipe(epochs=1, batch_size=8))], random_images(16), random_images(2))
+
+    cut, stop = part('first'), Stop()
+    stop.signalled = True
+    assert cut.run(stop, save=lambda *_: None)
+    whole = part('second')
+    whole.restore(*cut.state(), source='cut')
     monkeypatch.setattr(loop, 'surroundings', lambda device: {'commit': 'later'})
-    (record, _), = trainer.results()
-    assert record['commit'] == 'first'
+    assert not whole.run(Stop(), save=lambda *_: None)
+    (record, _), = whole.results()
+    assert record['commit'] == 'second' and record['commits'] == ['first', 'second']

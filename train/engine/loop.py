@@ -69,7 +69,7 @@ class Trainer:
         self.pool = Pool.on(self.device, learners, graph=execution.graph and world == 1)
         self.test_columns = whole_plan(len(test_set)).to(self.device)[:, rank::world]
         self.progress: Progress = {
-            'epoch': 0, 'images': 0, 'seconds': 0.0, 'data': [len(train_set), len(test_set)],
+            'epoch': 0, 'images': 0, 'seconds': 0.0, 'data': [len(train_set), len(test_set)], 'commits': [],
             'runs': [{'run': run.to_dict(), 'history': [], 'spectra': [], 'diverged_step': None} for run in runs],
         }
 
@@ -142,6 +142,8 @@ class Trainer:
         """
         progress, count = self.progress, len(self.train_set)
         bar = bar or Bar(0, 0, enabled=False)
+        if self.where['commit'] not in (commits := progress.setdefault('commits', [])):
+            commits.append(self.where['commit'])
         self.started = time.monotonic() - progress['seconds']
         self.saved, self.save = time.monotonic(), save
         plans = None
@@ -265,6 +267,7 @@ class Trainer:
         """For every finished run its line of results (without the weights' sha256) and its weights on the CPU."""
         return [(describe_result(run, state['history'], self.progress['data'], state['spectra'],
                                  seconds=self.progress['seconds'], at_once=len(self.runs), **self.where,
+                                 commits=self.progress['commits'],
                                  **{**asdict(self.execution), 'graph': self.pool.graphs is not None}, **more),
                  {name: tensor.cpu().contiguous() for name, tensor in learner.bare.state_dict().items()})
                 for run, learner, state in zip(self.runs, self.learners, self.progress['runs'], strict=True)]
