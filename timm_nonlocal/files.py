@@ -12,12 +12,18 @@ __all__ = ['sha256', 'write', 'write_text']
 def write(path: Path, fill: Callable[[Path], object], previous: Path | None = None) -> None:
     """Has `fill` write a file beside `path`, brings it to disk and renames it; folders are made where they lack.
 
+    A link stays one, and what it names is written; so is a device or a pipe, as it is.
+
     Args:
         previous: where the file that was at `path` goes; None replaces it.
 
     Raises:
         OSError: it cannot be written, such as on a full disk; `path` is then as it was.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        fill(path)
+        return
+    path = path.resolve()
     beside = path.with_name(f'.{os.getpid()}.{path.name}')  # the suffix tells some writers the format
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

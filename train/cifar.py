@@ -38,6 +38,7 @@ from timm.models import split_model_name_tag  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from timm_nonlocal.datasets import DATASETS, DataError  # noqa: E402
+from timm_nonlocal.errors import first_line  # noqa: E402
 from timm_nonlocal.recipes import ANNEALS, MEANS, PAPER, RECIPES  # noqa: E402
 from train.engine.data import load  # noqa: E402
 from train.engine.execution import Execution  # noqa: E402
@@ -47,7 +48,7 @@ from train.engine.progress import Bar  # noqa: E402
 from train.engine.stop import Stop, StopReason  # noqa: E402
 from train.options import Parser, number, recipe_of, take_tag, whole  # noqa: E402
 from train.records import run_dir, state  # noqa: E402
-from train.records.runs import Run, Start, first_line  # noqa: E402
+from train.records.runs import Run, Start  # noqa: E402
 from train.records.state import Progress, RunError  # noqa: E402
 
 

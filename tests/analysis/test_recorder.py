@@ -136,3 +136,30 @@ def test_what_a_layer_computes_counts_and_not_the_weight_inside_it() -> None:
     block.z = nn.Identity()
     with pytest.raises(ValueError, match=r'^z \(Identity\) has no weight'):
         recorder.block_weights(stage)
+
+
+def test_one_position_and_a_module_that_does_not_run() -> None:
+    """A of one position has no second eigenvalue; who did not run shows nothing."""
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.runs, self.rests = NonlocalStage(4, 2), NonlocalStage(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.runs(x).mean((2, 3))
+
+    found = recorder.watch(Net().eval(), torch.randn(2, 4, 1, 1))['modules']
+    assert found.keys() == {'runs'}
+    assert found['runs']['is_markov'] and found['runs']['markov'] is None and found['runs']['kappa'] == []
+    assert found['runs']['power'] == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('symmetric', [False, True])
+def test_on_a_gpu_as_on_the_cpu(symmetric: bool) -> None:
+    model = nn.Sequential(NonlocalStage(4, 2, symmetric=symmetric), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = torch.randn(3, 4, 5, 5)
+    expected, rows = recorder.watch(model, images), recorder.rows(model, images, [(0.5, 0.5)])['0'][0]
+    model, images = model.cuda(), images.cuda()
+    assert recorder.watch(model, images)['modules']['0']['kappa'] == pytest.approx(expected['modules']['0']['kappa'])
+    torch.testing.assert_close(recorder.rows(model, images, [(0.5, 0.5)])['0'][0], rows)

@@ -211,3 +211,9 @@ def test_weights_of_another_dtype_are_refused() -> None:
         spectrum({**weights, 'sub_blocks.0.z.weight': torch.ones(8, 4, dtype=torch.int8)})
     half = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()}
     assert spectrum(half)[0].flags == ()
+
+
+@pytest.mark.parametrize('top', [0, -1])
+def test_nothing_to_count(top: int) -> None:
+    with pytest.raises(ValueError, match=f'top={top}: it must be a whole number of at least 1'):
+        spectrum(NonlocalStage(8), top=top)

@@ -288,3 +288,10 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch,
     progress.advance(500_000)
     progress.close()
     assert 'model.safetensors: 1.5 of 3.0 MB' in capsys.readouterr().err
+
+
+def test_a_pickle_behind_a_server_without_ranges(hub, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    torch.save(timm.create_model('preresnet20_nl_proposed_k1').state_dict(), tmp_path / 'pickle')
+    hub.files, hub.ignore_range = {COMMITS[0]: {'pytorch_model.bin': tmp_path / 'pickle'}}, True
+    with pytest.raises(UnsafePickleError, match='--allow-pickle'):
+        read()

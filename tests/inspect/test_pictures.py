@@ -56,3 +56,14 @@ def test_pixels_of_cifar_are_its_own(small_cifar_here: Path) -> None:
     images, _ = pictures.cifar(str(small_cifar_here), 10, 7)
     pixels = pictures.pixels(images, timm.create_model('preresnet20'), str(small_cifar_here))
     assert torch.equal(pixels, torch.from_numpy(CIFAR10(small_cifar_here, train=False).data[:7]))
+
+
+def test_a_picture_that_breaks_inside_is_named_and_a_folder_is_none(tmp_path: Path) -> None:
+    (tmp_path / 'folder.png').mkdir()
+    model = timm.create_model('preresnet20')
+    Image.effect_noise((40, 40), 50).save(path := tmp_path / 'one.png')
+    assert len(pictures.folder(str(tmp_path), model, 3)[0]) == 1
+    data = path.read_bytes()
+    path.write_bytes(data[:33] + b'\0\0\0\0J\xa5X,' + data[33:])  # a chunk that PIL raises SyntaxError about
+    with pytest.raises(ValueError, match=r'one\.png cannot be read as a picture'):
+        pictures.folder(str(tmp_path), model, 3)

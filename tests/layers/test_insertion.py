@@ -287,3 +287,16 @@ def test_resnet50_on_timms_own_weights(tmp_path: Path) -> None:
         grey = x[:, :1]
         torch.testing.assert_close(again.forward_features(grey), model.forward_features(grey.expand_as(x)))
         assert again(grey).shape == (1, 7)
+
+
+def test_a_place_that_is_named_twice_is_left_once() -> None:
+    model = insert(timm.create_model('resnet18'), 'layer1.1')
+    assert remove(model, ['layer1', 'layer1.1']).layer1[1]._modules.keys().isdisjoint({'nl'})
+
+
+def test_a_stage_of_another_depth_is_not_filled_up(tmp_path: Path) -> None:
+    """With weights that were drawn: the file has a nonlocal module, and another one than the network."""
+    name, file = 'resnet50_nl_proposed_k5', tmp_path / 'k3.pth'
+    torch.save(timm.create_model(name, nl_args={'k': 3}).state_dict(), file)
+    with pytest.raises(RuntimeError, match=r'Missing key.*nl\.sub_blocks\.3'):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay={'file': str(file)})

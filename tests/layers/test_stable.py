@@ -169,3 +169,15 @@ def test_the_spectrum_of_the_state_dict_is_that_of_the_weights() -> None:
 def test_kernels_without_the_guarantee_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NonlocalStage(C, **{'symmetric': True, 'stable': True, **options})
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_in_16_bits_as_in_32(dtype: torch.dtype) -> None:
+    """Made there, or brought there: torch has no linear algebra of 16 bits."""
+    module, x = stage(init='xavier_normal'), torch.randn(2, C, 4, 4)
+    expected = module(x)
+    torch.testing.assert_close(module.to(dtype)(x.to(dtype)).float(), expected, rtol=0.05, atol=0.05)
+    made = stage(dtype=dtype)
+    assert {tensor.dtype for tensor in made.state_dict().values()} == {dtype}
+    made(x.to(dtype)).float().square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in made.parameters())

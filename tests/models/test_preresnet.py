@@ -136,6 +136,8 @@ def test_arguments_reach_the_blocks() -> None:
     (dict(nl='proposed', nl_stages=[4]), r'nl_stages=\[4\]'),
     (dict(depth=11, nl='proposed'), 'depth=11 has 1 a stage'),
     (dict(nl_args={'affinity': 'uniform'}), "are of a nonlocal module: use nl='original' or 'proposed' too"),
+    (dict(nl_k=5), "nl_k=5.* are of a nonlocal module: use nl='original'"),
+    (dict(nl_stages=(1, 2)), "are of a nonlocal module: use nl='original'"),
 ])
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -113,6 +113,11 @@ def _hooked(model: nn.Module, hook: Callable[[str, NonlocalModule, Tensor], Tens
             handle.remove()
 
 
+def _doubles(model: nn.Module) -> dict[str, NonlocalModule]:
+    """Copies of the nonlocal modules in float64 on the CPU, where `dynamics` computes: not every device has float64."""
+    return {name: copy.deepcopy(module).cpu().double() for name, module in nonlocal_modules(model).items()}
+
+
 def _tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, C, *grid) -> (B, M, C)
 
@@ -141,7 +146,7 @@ def _inside(module: NonlocalModule, x: Tensor, spectral: bool) -> dict[str, Any]
         'track': {name: [step[name] for step in track] for name in ('dirichlet', 'variance', 'power')},
         'growth': max((after['power'] / before['power'] for before, after in pairwise(track) if before['power']),
                       default=0.0) ** 0.5}
-    if spectral and is_markov:
+    if spectral and is_markov and len(a) > 1:
         chain, ws, kind = dynamics.markov_chain(a), block_weights(module), formulation(module)
         record['markov'] = {'row_sum_error': (sums - 1).abs().max().item(), **dynamics.markov(chain)}
         if chain.weighs_all:
@@ -195,7 +200,8 @@ def watch(model: nn.Module, images: Tensor, labels: Tensor | None = None,
             the first block's A; [] and None where π leaves out positions, `dynamics.NEGLIGIBLE`), `dirichlet`,
             `variance` and `power` after 0…k blocks over those of the input, in the first block's A, the mean over the
             images, and `growth`, the largest ‖Zⁿ⁺¹‖_π/‖Zⁿ‖_π of any block on any image, with ‖Z‖²_π the power. Of an A
-            that is no Markov matrix only the last four, with uniform weights.
+            that is no Markov matrix, or of one position, only the last four, with uniform weights. None of a module
+            that did not run.
 
     Example:
         >>> model = nn.Sequential(NonlocalStage(4, k=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
@@ -204,12 +210,12 @@ def watch(model: nn.Module, images: Tensor, labels: Tensor | None = None,
         >>> found['images'], stage['is_markov'], len(stage['kappa']), stage['variance'][0]
         (3, True, 2, 1.0)
     """
-    doubles = {name: copy.deepcopy(module).double() for name, module in nonlocal_modules(model).items()}
+    doubles = _doubles(model)
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in doubles}
 
     def record(name: str, module: NonlocalModule, x: Tensor) -> None:
         done = len(records[name])
-        records[name].append(_inside(doubles[name], _tokens(x).double(), done < SPECTRAL_IMAGES))
+        records[name].append(_inside(doubles[name], _tokens(x).cpu().double(), done < SPECTRAL_IMAGES))
 
     with _hooked(model, record):
         learned = torch.cat([_ticked(model, image, index, len(images), tick)
@@ -221,7 +227,7 @@ def watch(model: nn.Module, images: Tensor, labels: Tensor | None = None,
         'accuracy': None if labels is None else {
             name: _percent(found, labels) for name, found in predictions.items()},
         'agreement': {name: _percent(found, learned) for name, found in predictions.items() if name != 'learned'},
-        'modules': {name: _summary(found) for name, found in records.items()},
+        'modules': {name: _summary(found) for name, found in records.items() if found},
     }
 
 
@@ -243,14 +249,14 @@ def rows(model: nn.Module, images: Tensor, places: Sequence[tuple[float, float]]
         >>> a.shape, round(a[0, 0].sum().item(), 6)
         (torch.Size([2, 1, 5, 3]), 1.0)
     """
-    doubles = {name: copy.deepcopy(module).double() for name, module in nonlocal_modules(model).items()}
+    doubles = _doubles(model)
     found: dict[str, list[list[Tensor]]] = {}
 
     def record(name: str, module: NonlocalModule, x: Tensor) -> None:
         if x.ndim != 4:
             return
         h, w = x.shape[2:]
-        chosen, tokens = [int(down * h) * w + int(right * w) for down, right in places], _tokens(x).double()
+        chosen, tokens = [int(down * h) * w + int(right * w) for down, right in places], _tokens(x).cpu().double()
         z = trajectory(doubles[name], tokens)[1]
         found.setdefault(name, []).append([
             relate(z[n]).expand(1, h * w, h * w)[0, chosen].reshape(-1, h, w).clone()

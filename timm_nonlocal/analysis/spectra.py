@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..checkpoints.layouts import Block, Found, find, parse_key_map
 from ..checkpoints.stored import own_weight
+from ..layers.maps import positive
 from ..layers.stable import stable_weights
 from . import recorder
 from .random_weights import negative_of_random_weights
@@ -281,7 +282,7 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
         `pandas.DataFrame(record.to_dict() for record in …)` makes a table of them.
 
     Raises:
-        ValueError: a weight that is not floating point, or a key_map of another form.
+        ValueError: a weight that is not floating point, a top below 1, or a key_map of another form.
 
     Example:
         >>> from timm_nonlocal import NonlocalStage, spectrum
@@ -289,6 +290,8 @@ def spectrum(model_or_state_dict: nn.Module | Mapping[str, Tensor], top: int | N
         >>> [(record.index, record.formulation, record.n_neg, record.n_pos) for record in records]  # C' of each sign
         [(0, 'proposed', 32, 32), (1, 'proposed', 32, 32)]
     """
+    if top is not None:
+        positive('top', top)
     model = model_or_state_dict if isinstance(model_or_state_dict, nn.Module) else None
     state = model_or_state_dict.state_dict() if isinstance(model_or_state_dict, nn.Module) else model_or_state_dict
     norms = {name: module.eps for name, module in model.named_modules() if hasattr(module, 'eps')

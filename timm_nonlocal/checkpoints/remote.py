@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+from ..errors import first_line
 from .tensorfile import CheckpointError, HubError, LocalFile, RangedFile, ShardedFile, TensorFile, UnsafePickleError
 
 __all__ = ['Repo']
@@ -166,13 +167,13 @@ class Repo:
             raise CheckpointError(f'{self.id} has no revision {self.revision or "main"}') from error
         except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
             raise HubError(f'{at} is not in the cache, and this is offline or the Hub out of reach: '
-                           f'{_first_line(error)}') from error
+                           f'{first_line(error)}') from error
         except EntryNotFoundError:
             raise  # `open` tries the next name
         except HfHubHTTPError as error:
-            raise HubError(f'{at}: the Hub refuses: {_first_line(error)}') from error
+            raise HubError(f'{at}: the Hub refuses: {first_line(error)}') from error
         except (network, OSError) as error:
-            raise HubError(f'{at}: the Hub cannot be reached ({type(error).__name__}: {_first_line(error)}); '
+            raise HubError(f'{at}: the Hub cannot be reached ({type(error).__name__}: {first_line(error)}); '
                            f'--offline reads the cache alone') from error
 
     def _cached(self, name: str) -> Path | None:
@@ -213,7 +214,8 @@ class Repo:
         path = self._cached(name)
         if not self.allow_pickle:
             if not path:
-                self._get(name, 0, 1, Progress(name))  # it may not exist at all
+                with suppress(RangeIgnored):
+                    self._get(name, 0, 1, Progress(name))  # it may not exist at all
             raise UnsafePickleError(f'{self.id} has its weights in {name}, a pickle: --allow-pickle fetches it and '
                                     f'loads nothing but tensors from it')
         return load_pickle(*self._file(name))
@@ -310,7 +312,3 @@ def _snapshot(path: Path) -> str | None:
     """The commit of a file in the Hub's cache, from its path."""
     folders = path.parts
     return folders[folders.index('snapshots') + 1] if 'snapshots' in folders else None
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -18,7 +18,7 @@ CHECKABLE = (*(name for name, field in Spectrum.__dataclass_fields__.items() if 
 
 def parse_check(expression: str) -> tuple[str, str, float]:
     """'neg_top<=4' as its parts. Raises ValueError for another form or an unknown name."""
-    match = re.fullmatch(r'\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*', expression)
+    match = re.fullmatch(r'\s*(\w+)\s*(<=|>=|==|!=|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*', expression)
     if not match:
         raise ValueError(f"--check {expression!r}: write NAME OPERATOR NUMBER, such as 'neg_top<=4'")
     if match[1] not in CHECKABLE:

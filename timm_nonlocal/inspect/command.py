@@ -1,6 +1,7 @@
 """The inspect command: opens its targets, measures their blocks, and shows what it found."""
 
 import argparse
+import errno
 import fnmatch
 import math
 import os
@@ -46,7 +47,7 @@ def examine(target: str, args: argparse.Namespace) -> Result:
     if args.list:
         for block in blocks:
             shape = source.tensors.shapes[block.w_g]
-            print('\t'.join(map(printable, (
+            result.listed.append('\t'.join(map(printable, (
                 target, block.name or '(root)', block.formulation, f"C = {shape[1]}, C' = {shape[0]}", block.naming,
                 ' '.join(filter(None, block.keys.values()))))))
         return result
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         _say(f'error: --key-map {args.key_map} matches no block of any target')
         code = max(code, 4)
     if args.list:
-        return code
+        return max(code, show(args, '\n'.join(line for result in results for line in result.listed)))
     checks = run_checks(args.check, results)
     for check in checks:
         for failure in check['failures']:
@@ -197,21 +198,22 @@ def main(argv: list[str] | None = None) -> int:
 def _in_a_folder(name: str) -> Path:
     """The path of a file to write. Raises FileNotFoundError where its folder is not there: it may be misspelt."""
     path = Path(name)
-    path.parent.resolve(strict=True)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, 'No such folder', str(path.parent))
     return path
 
 
 def show(args: argparse.Namespace, text: str) -> int:
-    """Prints or writes the text. Returns 0, or 2 where it cannot be written."""
+    """Prints or writes the text, if there is any. Returns 0, or 2 where it cannot be written."""
     try:
-        if args.output:
+        if text and args.output:
             files.write_text(_in_a_folder(args.output), text + '\n')
         elif text:
             print(text, flush=True)
     except BrokenPipeError:  # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        _say(f'error: --output {args.output}: {error.strerror}')
+        _say(f'error: {f"--output {args.output}" if args.output else "standard output"}: {error.strerror}')
         return 2
     return 0
 

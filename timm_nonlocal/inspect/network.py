@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,18 +31,23 @@ def _config(source: Source) -> dict[str, Any]:
 
 
 def _named(source: Source, arch: str | None) -> tuple[str | None, dict[str, Any]]:
-    """The network's name, as given or as the target or its config says, and the arguments in the config."""
+    """The network's name, as given or as the target or its config says, and that config."""
     if arch:
         return arch, {}
     config = _config(source)
-    name, args = source.architecture or config.get('architecture'), config.get('model_args')
-    known = isinstance(name, str) and timm.is_model(name.partition('.')[0])
-    return name if known else None, args if known and isinstance(args, dict) else {}
+    name = source.architecture or config.get('architecture')
+    return (name, config) if isinstance(name, str) and timm.is_model(name.partition('.')[0]) else (None, {})
+
+
+def _args(config: dict[str, Any]) -> dict[str, Any]:
+    args = config.get('model_args')
+    return args if isinstance(args, dict) else {}
 
 
 def formulation(source: Source, arch: str | None) -> str | None:
     """'original' or 'proposed' where the network's arguments or its registered name tell what its weights do not."""
-    name, args = _named(source, arch)
+    name, config = _named(source, arch)
+    args = _args(config)
     nl_args = args.get('nl_args')
     said = [args.get('nl'), nl_args.get('kind') if isinstance(nl_args, dict) else None,
             *re.findall('|'.join(KINDS), name or '')]
@@ -51,17 +57,18 @@ def formulation(source: Source, arch: str | None) -> str | None:
 def build(source: Source, arch: str | None) -> nn.Module:
     """The network that a target's weights belong to, with them, in eval mode. Raises CheckpointError."""
     try:
-        if source.kind == 'dir' and source.file and not arch and source.architecture:
-            return timm.create_model(f'local-dir:{Path(source.file).parent}', pretrained=True).eval()
-        if source.repo and not arch and not source.architecture:
-            return timm.create_model(f'hf-hub:{source.repo.id}@{source.repo.commit or source.repo.revision or "main"}',
-                                     pretrained=True).eval()
-        name, args = _named(source, arch)
+        name, config = _named(source, arch)
         if not name:
             raise CheckpointError(f'{source.input} does not say which network it belongs to: name it with --arch')
         if not timm.is_model(name.partition('.')[0]):
             raise CheckpointError(f'--arch {name}: no such registered name.{near_names(name)}')
-        model = timm.create_model(source.input if not arch and source.kind == 'model' else name, **args)
+        with tempfile.TemporaryDirectory() as folder:
+            if not arch and source.architecture and source.kind != 'dir':
+                name = source.input  # with its tag
+            elif {'pretrained_cfg', 'num_classes'} & config.keys():
+                Path(folder, 'config.json').write_text(json.dumps(config))
+                name = f'local-dir:{folder}'
+            model = timm.create_model(name, **_args(config))
         model.load_state_dict(renamed(source.state_dict(), model.state_dict()))
         return model.eval()
     except (RuntimeError, TypeError, ValueError, OSError, KeyError) as error:

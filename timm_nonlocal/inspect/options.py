@@ -8,6 +8,7 @@ Hub cannot be reached or does not let us in.
 """
 
 import argparse
+from math import inf
 from pathlib import Path
 
 from .. import __version__
@@ -89,9 +90,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parse_key_map(args.key_map)
     except ValueError as error:
         parser.error(str(error))
-    if (args.top is not None and args.top < 1) or args.num_images < 1 or args.timeout <= 0 or args.dpi < 1:
+    if (args.top is not None and args.top < 1) or args.num_images < 1 or args.dpi < 1 or not 0 < args.timeout < inf:
         parser.error('--top, --num-images, --timeout and --dpi must be above 0')
-    if args.bn_eps < 0:
+    if not 0 <= args.bn_eps < inf:
         parser.error(f'--bn-eps {args.bn_eps}: it is added to a variance, 0 or above')
     if args.plot is not None and Path(args.plot).suffix not in ('.png', '.svg', '.pdf'):
         parser.error(f'--plot {args.plot}: name a file that ends in .png, .svg or .pdf')

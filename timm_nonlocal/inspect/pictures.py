@@ -59,22 +59,22 @@ def folder(path: str, model: nn.Module, count: int) -> tuple[Tensor, Tensor | No
     Raises:
         ValueError: there is no picture, or one that cannot be read, or the network takes other channels.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     channels, config = _taken(model)
     if channels not in MODES:
         raise ValueError(f'the network takes images of {channels} channels, and pictures have 1 (grey) or 3 (RGB): in '
                          f'Python timm_nonlocal.analysis.recorder.watch(model, images) takes any')
-    paths = sorted(found for found in Path(path).rglob('*') if found.suffix.lower() in SUFFIXES)[:count]
+    paths = sorted(found for found in Path(path).rglob('*') if found.suffix.lower() in SUFFIXES and found.is_file())
     if not paths:
         raise ValueError(f'{path} holds no picture ({", ".join(SUFFIXES)})')
     transform = create_transform(**config)
     images = []
-    for found in paths:
+    for found in paths[:count]:
         try:
             with Image.open(found) as image:
                 images.append(transform(image.convert(MODES[channels])))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except Exception as error:  # of all kinds, by the format and what is broken
             raise ValueError(f'{found} cannot be read as a picture: {error}') from error
     return torch.stack(images), None
 

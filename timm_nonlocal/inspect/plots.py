@@ -62,12 +62,17 @@ def _label(result: Result) -> str:
     source = result.source
     repo = source and source.repo
     name = f'{repo.id}@{(repo.commit or "main")[:8]}' if repo else Path(result.input).name or result.input
-    return printable(f'{name} (untrained)' if source and not source.trained else name)
+    return _literally(f'{name} (untrained)' if source and not source.trained else name)
+
+
+def _literally(text: str) -> str:
+    """As it is printed: what stands between two dollars is a formula to matplotlib."""
+    return printable(text).replace('$', r'\$')
 
 
 def _name(stage: Stage, block: Spectrum) -> str:
     folded = ', BN folded' if block.folded else ''
-    return f"{printable(stage.name) or '(root)'} {block.index}\nC = {block.C}, C' = {block.C_inner}{folded}"
+    return f"{_literally(stage.name) or '(root)'} {block.index}\nC = {block.C}, C' = {block.C_inner}{folded}"
 
 
 def _inset(block: Spectrum) -> str:
@@ -99,7 +104,7 @@ def _overlaid(line: Sequence[Any], blocks: list[tuple[Stage, Spectrum]], limit: 
     panel = line[0]
     for stage, block in blocks:
         panel.plot(range(1, len(block.top) + 1), block.top, '.-', linewidth=0.5,
-                   label=f'{printable(stage.name) or "(root)"} {block.index}: {_inset(block)}'.replace('\n', ', '))
+                   label=f'{_literally(stage.name) or "(root)"} {block.index}: {_inset(block)}'.replace('\n', ', '))
     panel.axhline(0, color='black', linewidth=0.5)
     panel.set_ylim(-1.1 * limit, 1.1 * limit)
     panel.legend(fontsize='x-small', loc='lower center', bbox_to_anchor=(0.5, 1))  # above, where nothing is hidden

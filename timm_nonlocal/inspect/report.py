@@ -78,11 +78,12 @@ class Seen:
 
 @dataclass
 class Result:
-    """What came of one target."""
+    """What came of one target; `listed` has the lines of --list."""
 
     input: str
     source: Source | None = None
     stages: list[Stage] = field(default_factory=list)
+    listed: list[str] = field(default_factory=list)
     images: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
     error: str | None = None

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
-from .memory import with_room
+from .memory import check_memory
 
 __all__ = ['AFFINITIES', 'Affinity', 'affinity_class']
 
-torch.fx.wrap('with_room')  # symbolic tracing records the call: the sizes are known when it runs
+torch.fx.wrap('check_memory')  # symbolic tracing records the call: the sizes are known when it runs
 
 
 class Affinity(nn.Module):
@@ -98,7 +98,7 @@ class Gaussian(Affinity):
         return dim ** -0.5
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return torch.softmax((with_room(q) * self.scale) @ k.transpose(1, 2), dim=-1)  # (B, M, M)
+        return torch.softmax((check_memory(q) * self.scale) @ k.transpose(1, 2), dim=-1)  # (B, M, M)
 
 
 class EmbeddedGaussian(Gaussian):
@@ -151,7 +151,7 @@ class ProductOfFeatures(Affinity):
         raise NotImplementedError
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        left, right = self.factors(with_room(q), k)
+        left, right = self.factors(check_memory(q), k)
         return left @ right.transpose(1, 2)  # (B, M, M)
 
     def operator(self, q: Tensor, k: Tensor) -> tuple[Tensor, Optional[Tensor]]:
@@ -213,7 +213,7 @@ class Concatenation(PerPosition):
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         w = self.weight * (self.scale / q.shape[1])
-        rows, columns = with_room(q) @ w[0], k @ w[-1]  # (B, M) each: w·[θ, φ] splits into a sum
+        rows, columns = check_memory(q) @ w[0], k @ w[-1]  # (B, M) each: w·[θ, φ] splits into a sum
         return F.relu(rows.unsqueeze(2) + columns.unsqueeze(1))  # (B, M, M)
 
 

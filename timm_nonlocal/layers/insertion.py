@@ -143,9 +143,9 @@ def remove(model: nn.Module, after: str | Iterable[str] | None = None) -> nn.Mod
         ['0.weight', '0.bias']
     """
     if after is None:
-        targets = [module for module in model.modules() if _hook_ids(module)]
+        targets = {module for module in model.modules() if _hook_ids(module)}
     else:
-        targets = [_leaf(model, name) for name in ([after] if isinstance(after, str) else after)]
+        targets = {_leaf(model, name) for name in ([after] if isinstance(after, str) else after)}
     if not targets or not all(map(_hook_ids, targets)):
         there = ', '.join(name for name, module in model.named_modules() if _hook_ids(module))
         raise ValueError(f'after={after!r}: nothing was inserted there; nonlocal modules follow {there or "no module"}')

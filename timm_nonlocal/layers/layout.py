@@ -15,6 +15,8 @@ from timm.models.regnet import RegStage
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..errors import first_line
+
 __all__ = ['CHILD', 'Layout', 'find_layouts', 'runs_in_turn']
 
 CHILD = 'nl'
@@ -64,8 +66,8 @@ def find_layouts(model: nn.Module, targets: dict[nn.Module, str], example: Any,
                                  f'name one of them, or the module that follows')
         if error and not all(outputs.values()):
             shape = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(f'the model does not take {shape}: give what it takes as example=… ({reason})') from error
+            raise ValueError(f'the model does not take {shape}: give what it takes as example=… '
+                             f'({first_line(error)})') from error
         for target, name in targets.items():
             _refuse_without_features(name, outputs[target])
         by_size: Moved = {target: [set() for _ in runs] for target, runs in outputs.items()}

@@ -6,7 +6,7 @@ import psutil
 import torch
 from torch import Tensor
 
-__all__ = ['with_room']
+__all__ = ['check_memory']
 
 ASKED_FROM = 1 << 30  # bytes: a smaller matrix is made without asking
 CGROUPS, OWN_GROUPS = Path('/sys/fs/cgroup'), Path('/proc/self/cgroup')  # Linux's, and which of them are this process's
@@ -47,7 +47,7 @@ def _left(group: Path, limit: str, usage: str, dropped: str) -> float:
     return max(0, most - used + int(stat.get(dropped, 0)))
 
 
-def with_room(q: Tensor) -> Tensor:
+def check_memory(q: Tensor) -> Tensor:
     """Features of the positions, (B, M, D), as they came.
 
     Raises:

@@ -39,8 +39,9 @@ class Damping(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         with torch.autocast(t.device.type, enabled=False):
-            u, one = self.outside[0].weight.mT, torch.eye(len(t), device=t.device, dtype=t.dtype)
-            return u @ (one - contraction(one - t))
+            wide = torch.promote_types(t.dtype, torch.float32)
+            u, one = self.outside[0].weight.mT.to(wide), torch.eye(len(t), device=t.device, dtype=wide)
+            return (u @ (one - contraction(one - t))).to(t.dtype)
 
     def right_inverse(self, z: Tensor) -> Tensor:
         """T of W_Z, (C, C'), as far as that lies in the range of U."""
@@ -48,11 +49,14 @@ class Damping(nn.Module):
 
 
 class WithoutAutocast(nn.Sequential):
-    """Another parametrisation in the dtype of its parameters: rounded to eight bits U would not be orthonormal."""
+    """Another parametrisation in float32 or more: rounded to eight bits U would not be orthonormal."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return self[0](x)
+            if (wide := torch.promote_types(x.dtype, torch.float32)) == x.dtype:
+                return self[0](x)
+            base = self.get_buffer('0.base').to(wide)
+            return torch.func.functional_call(self[0], {'base': base}, x.to(wide)).to(x.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return self.get_submodule('0').right_inverse(weight)  # type: ignore[operator]
@@ -64,12 +68,17 @@ def make_stable(g: nn.Linear, z: nn.Linear) -> None:
 
     U becomes the orthonormal factor of what g holds, and T is drawn with the spread of what z holds: zeros stay zeros.
     """
+    dtype = g.weight.dtype
+    for layer in (g, z):
+        layer.to(torch.promote_types(dtype, torch.float32))
     t = torch.randn(z.in_features, z.in_features, device=z.weight.device, dtype=z.weight.dtype) * z.weight.std()
     orthogonal(g, 'weight', orthogonal_map='cayley')
     _maps(g)[0] = WithoutAutocast(inner := _maps(g)[0])
     inner.register_buffer('base', inner.get_buffer('base').contiguous())  # safetensors saves no other
     register_parametrization(z, 'weight', Damping(g))
     _maps(z).get_parameter('original').copy_(t)
+    for layer in (g, z):
+        layer.to(dtype)
 
 
 def stable_weights(x: Tensor, base: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,9 +122,9 @@ class PreResNet(nn.Module):
             raise ValueError(f'depth={depth} is not 9n+2: use 11, 20, 29, 56, …')
         if nl is not None and nl not in KINDS:
             raise ValueError(f'nl={nl!r} is unknown: use one of {", ".join(KINDS)}, or None')
-        if nl is None and nl_args:
-            raise ValueError(f'nl_args={nl_args!r} are of a nonlocal module: '
-                             f'use nl={" or ".join(map(repr, KINDS))} too')
+        if nl is None and (nl_args or nl_k != 1 or [*nl_stages] != [1]):
+            raise ValueError(f'nl_k={nl_k}, nl_stages={list(nl_stages)} and nl_args={nl_args!r} are of a nonlocal '
+                             f'module: use nl={" or ".join(map(repr, KINDS))} too')
         if nl is not None and (units < 2 or not nl_stages or not set(nl_stages) <= {1, 2, 3}):
             raise ValueError(f'a nonlocal module follows the second unit of stages 1, 2 or 3: '
                              f'depth={depth} has {units} a stage, nl_stages={list(nl_stages)}')

@@ -25,6 +25,8 @@ def _resnet50_nl(nl_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Mod
 
 def _keep_nonlocal(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The weights of a file, and the model's own nonlocal module where the file has none, as timm's have not."""
+    if any('.nl.' in key for key in state_dict):
+        return state_dict
     return {**{key: tensor for key, tensor in model.state_dict().items() if '.nl.' in key}, **state_dict}
 
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 import timm_nonlocal
 from timm_nonlocal.checkpoints.targets import near_names
 from timm_nonlocal.datasets import DATASETS
+from timm_nonlocal.errors import first_line
 from timm_nonlocal.recipes import PAPER, RECIPES, Recipe, nearest, recipe_id
 
-__all__ = ['ROOT', 'Run', 'Start', 'describe_result', 'first_line', 'nonlocal_choices', 'parse_kwargs', 'surroundings']
+__all__ = ['ROOT', 'Run', 'Start', 'describe_result', 'nonlocal_choices', 'parse_kwargs', 'surroundings']
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 32  # of CIFAR's images
@@ -161,11 +162,6 @@ def parse_kwargs(items: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             kwargs[key] = value
     return kwargs
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, or of what kind it is where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip('.')
 
 
 def nonlocal_choices(model: nn.Module, given: dict[str, Any]) -> dict[str, Any] | None:

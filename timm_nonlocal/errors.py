@@ -1,0 +1,9 @@
+"""What an error says in one line."""
+
+__all__ = ['first_line']
+
+
+def first_line(error: Exception) -> str:
+    """The first line with words in it, without a full stop; the error's class where there is none."""
+    lines = (line.strip().rstrip('.') for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
