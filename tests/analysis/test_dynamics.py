@@ -196,3 +196,10 @@ def test_a_chain_that_is_not_reversible_where_it_hardly_is() -> None:
         expected = torch.linalg.eigvals(a).abs().sort().values[-2].item()  # beside the 1 of the constants
         assert c.defect < dynamics.REVERSIBLE and not c.reversible and not c.weighs_all
         assert c.values.abs().max().item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize('factor', [math.nan, math.inf])
+def test_ritz_values_of_what_is_not_finite(factor: float, capfd: pytest.CaptureFixture[str]) -> None:
+    """NaN, and not the lines that MKL prints."""
+    assert dynamics.ritz(lambda v: factor * v, torch.ones(4, dtype=torch.float64), 3).isnan().all()
+    assert capfd.readouterr() == ('', '')

@@ -181,3 +181,13 @@ def test_in_16_bits_as_in_32(dtype: torch.dtype) -> None:
     assert {tensor.dtype for tensor in made.state_dict().values()} == {dtype}
     made(x.to(dtype)).float().square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in made.parameters())
+
+
+def test_made_under_autocast_and_on_meta() -> None:
+    with torch.autocast('cpu', torch.bfloat16):
+        module, x = stage(init='xavier_normal'), torch.randn(2, C, 4, 4)
+    empty = stage(device='meta')
+    assert empty(x.to('meta')).shape == x.shape
+    filled = empty.to_empty(device='cpu')
+    filled.load_state_dict(module.state_dict())
+    assert torch.equal(filled(x), module(x))

@@ -119,7 +119,10 @@ def stationary(a: Tensor) -> Tensor:
 
 
 def ritz(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
-    """Approximate extreme eigenvalues of a linear map by Arnoldi's method. start (n,); gives complex (≤ steps,)."""
+    """Approximate extreme eigenvalues of a linear map by Arnoldi's method. start (n,); gives complex (≤ steps,).
+
+    NaN where the map gives what is not finite: LAPACK would print lines of its own about it.
+    """
     steps = min(steps, len(start))
     basis = start.new_zeros(steps + 1, len(start))
     basis[0] = start / start.norm()
@@ -127,6 +130,8 @@ def ritz(apply: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor
     for j in range(steps):
         v = apply(basis[j])
         size = v.norm()
+        if not size.isfinite():
+            return start.new_full((1,), torch.nan, dtype=torch.complex128)
         for _ in range(2):  # twice is enough
             overlap = basis[:j + 1] @ v
             h[:j + 1, j] += overlap

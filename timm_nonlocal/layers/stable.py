@@ -13,6 +13,8 @@ small T and T = 0 is the identity, to which weight decay pulls. Cayley's map rea
 inside it is Q's to choose. (torch's Householder map does not survive weight decay, which its diagonal must not see.)
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
@@ -30,6 +32,11 @@ def contraction(s: Tensor) -> Tensor:
     return s / torch.maximum(torch.linalg.matrix_norm(s, 2), 1 / largest)
 
 
+def _exactly(device: torch.device) -> AbstractContextManager:
+    """Without autocast: rounded to eight bits U would not be orthonormal. The meta device has none."""
+    return nullcontext() if device.type == 'meta' else torch.autocast(device.type, enabled=False)
+
+
 class Damping(nn.Module):
     """W_Z = U (I - Q) from T, with Q = `contraction(I - T)` and Uᵀ the weight of another layer, which stays its own."""
 
@@ -38,7 +45,7 @@ class Damping(nn.Module):
         self.outside = (g,)  # in a tuple it is no child, and its parameters are not listed twice
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):
+        with _exactly(t.device):
             wide = torch.promote_types(t.dtype, torch.float32)
             u, one = self.outside[0].weight.mT.to(wide), torch.eye(len(t), device=t.device, dtype=wide)
             return (u @ (one - contraction(one - t))).to(t.dtype)
@@ -49,10 +56,10 @@ class Damping(nn.Module):
 
 
 class WithoutAutocast(nn.Sequential):
-    """Another parametrisation in float32 or more: rounded to eight bits U would not be orthonormal."""
+    """Another parametrisation, in float32 or more."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _exactly(x.device):
             if (wide := torch.promote_types(x.dtype, torch.float32)) == x.dtype:
                 return self[0](x)
             base = self.get_buffer('0.base').to(wide)
@@ -68,17 +75,20 @@ def make_stable(g: nn.Linear, z: nn.Linear) -> None:
 
     U becomes the orthonormal factor of what g holds, and T is drawn with the spread of what z holds: zeros stay zeros.
     """
-    dtype = g.weight.dtype
-    for layer in (g, z):
-        layer.to(torch.promote_types(dtype, torch.float32))
-    t = torch.randn(z.in_features, z.in_features, device=z.weight.device, dtype=z.weight.dtype) * z.weight.std()
-    orthogonal(g, 'weight', orthogonal_map='cayley')
-    _maps(g)[0] = WithoutAutocast(inner := _maps(g)[0])
-    inner.register_buffer('base', inner.get_buffer('base').contiguous())  # safetensors saves no other
-    register_parametrization(z, 'weight', Damping(g))
-    _maps(z).get_parameter('original').copy_(t)
-    for layer in (g, z):
-        layer.to(dtype)
+    weight, dtype = z.weight, z.weight.dtype
+    if (wide := torch.promote_types(dtype, torch.float32)) != dtype:  # torch has no linear algebra of 16 bits
+        make_stable(g.to(wide), z.to(wide))
+        g.to(dtype)
+        z.to(dtype)
+        return
+    with _exactly(weight.device):
+        t = torch.randn(z.in_features, z.in_features, device=weight.device, dtype=wide) * weight.std()
+        orthogonal(g, 'weight', orthogonal_map='cayley')
+        _maps(g)[0] = WithoutAutocast(inner := _maps(g)[0])
+        base = weight.new_empty(len(weight), len(weight)) if weight.is_meta else inner.get_buffer('base')
+        inner.register_buffer('base', base.contiguous())  # safetensors saves no other
+        register_parametrization(z, 'weight', Damping(g))
+        _maps(z).get_parameter('original').copy_(t)
 
 
 def stable_weights(x: Tensor, base: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import timm
 from timm.models import generate_default_cfgs, resolve_pretrained_cfg
 
 from ..datasets import DATASETS
+from ..paper import ARXIV, TITLE
 
 __all__ = ['INDEX', 'TAGS', 'WEIGHTS', 'Tag', 'default_cfgs', 'require_weights']
 
@@ -45,8 +46,7 @@ def _cfg(architecture: str, tag: str) -> dict[str, Any]:
         hf_hub_id=INDEX.get(f'{architecture}.{tag}', {}).get('hf_hub_id'),
         num_classes=data.num_classes, label_names=data.labels, mean=data.mean, std=(1.0, 1.0, 1.0),
         input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, interpolation='bicubic',
-        first_conv='conv1', classifier='fc', license='apache-2.0', paper_ids='arXiv:1806.00681',
-        paper_name='Nonlocal Neural Networks, Nonlocal Diffusion and Nonlocal Modeling',
+        first_conv='conv1', classifier='fc', license='apache-2.0', paper_ids=f'arXiv:{ARXIV}', paper_name=TITLE,
     )
 
 
