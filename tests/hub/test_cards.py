@@ -282,7 +282,7 @@ def test_drift_is_noticed_and_not_published(project: Project, tmp_path: Path) ->
 
 
 def test_hours_that_runs_shared_are_said_to_be() -> None:
-    alone, five = (card.training_text(made_up(seconds=7200, **more)) for more in ({}, {'at_once': 5}))
+    alone, five = (card.training_text(made_up(seconds=7200, at_once=count)) for count in (1, 5))
     assert '| hours | 2.00 |' in alone and '| hours | 2.00, of 5 runs side by side |' in five
 
 

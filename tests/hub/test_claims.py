@@ -158,7 +158,8 @@ def test_what_diverged_waits_for_no_run() -> None:
     others = [run for run in others if run['architecture'] != 'preresnet20_nl_original_k2']
     assert '\n1 of 13 comparisons waits for runs.' in claims.text([*base, *lost, *others])
     panel = paper.FIGURES[0].panels[0]
-    gone = made_up(*panel.architectures, spectra=[], diverged_epoch=2)
+    (architecture,) = panel.architectures
+    gone = made_up(architecture, spectra=[], diverged_epoch=2)
     assert claims.signs(panel, [gone]).endswith(': negative | none | none | 0 + 1 diverged | not judged |')
 
 

@@ -1,7 +1,6 @@
 """The network that is watched on images is that of the target: its file, its config, its tag."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,18 +10,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from tests.support.one_line import fails
+from tests.support.one_line import Command, fails
 from timm_nonlocal.checkpoints.targets import Options, Source, open_target
 from timm_nonlocal.inspect.network import build
-
-Inspect = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A network of seven classes with its config, and its weights tenfold in another file; a picture."""
     model = timm.create_model('preresnet20_nl_proposed_k1', num_classes=7)
-    save_for_hf(model, tmp_path, model_config={'pretrained_cfg': {'mean': [0.1, 0.2, 0.3]}}, safe_serialization=True)
+    config = {'pretrained_cfg': {'mean': [0.1, 0.2, 0.3]}}
+    save_for_hf(model, str(tmp_path), model_config=config, safe_serialization=True)
     tensors = load_file(tmp_path / 'model.safetensors')
     save_file({**tensors, 'fc.weight': tensors['fc.weight'] * 10}, tmp_path / 'other.safetensors')
     Image.new('RGB', (40, 40), (200, 30, 90)).save(tmp_path / 'one.png')
@@ -37,7 +35,7 @@ def test_the_file_that_is_measured_is_watched(folder: Path, name: str, by_file: 
     assert model.num_classes == 7 and not model.training
 
 
-def test_a_config_of_another_library_names_no_network(inspect: Inspect, folder: Path) -> None:
+def test_a_config_of_another_library_names_no_network(inspect: Command, folder: Path) -> None:
     (folder / 'config.json').write_text(json.dumps({'model_type': 'bert', 'num_classes': 3}))
     fails(inspect, 3, 'does not say which network it belongs to: name it with --arch', folder, '--images', folder)
 

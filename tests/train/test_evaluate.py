@@ -208,9 +208,13 @@ def test_a_network_of_others_is_less_the_mean_that_it_was_trained_without(
     assert train(small_cifar_here, tmp_path / 'run', '--model', 'test_resnet', '--model-kwargs', '--mean', 'colour',
                  '--lr', '0.01') == 0
     seen = []
+
+    def noted(model: Any, images: Any, columns: Any) -> Any:
+        seen.append(images.mean)
+        return logits_of(model, images, columns)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('train.evaluate.logits_of', lambda model, images, columns: (
-            seen.append(images.mean), logits_of(model, images, columns))[1])
+        patch.setattr('train.evaluate.logits_of', noted)
         code, (row,), _ = call(tmp_path / 'run')
     assert (code, row['equal'], row['error_timm']) == (0, True, None)
     assert torch.equal(seen[0], load('cifar10', small_cifar_here, mean='colour')[1].mean) and len(seen) == 1
