@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from timm_nonlocal.checkpoints.targets import CheckpointError, near_names
 from timm_nonlocal.datasets import DATASETS, DataError
-from timm_nonlocal.models.pretrained import TAGS
-from timm_nonlocal.recipes import PAPER, RECIPES
+from timm_nonlocal.models.pretrained import mean_by_tag
+from timm_nonlocal.recipes import PAPER
 from train.engine.data import Images, load, mean_colour, whole_plan
 from train.engine.step import logits_of
 from train.options import Parser, whole
@@ -100,7 +100,7 @@ def mean_of(target: str, line: dict[str, Any] | None) -> str:
     if line:
         return line['recipe'].get('mean', PAPER.mean)
     tag = split_model_name_tag(Path(target).name.removesuffix('.safetensors'))[1]
-    return RECIPES[TAGS[tag].recipe if tag in TAGS else 'paper'].mean
+    return mean_by_tag(tag)
 
 
 def evaluate(model: nn.Module, images: Images) -> dict[str, Any]:

@@ -7,14 +7,17 @@ import timm
 import torch
 from PIL import Image
 
+from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.inspect import pictures
 
 
-def test_cifar_images_are_those_of_training(small_cifar_here: Path) -> None:
+@pytest.mark.parametrize(('name', 'by_colour'), [('preresnet20.cifar10', False), ('preresnet20.ft_cifar10', True)])
+def test_cifar_images_are_those_of_training(small_cifar_here: Path, name: str, by_colour: bool) -> None:
     from torchvision.datasets import CIFAR10
-    images, labels = pictures.cifar(str(small_cifar_here), 10, 7)
+    images, labels = pictures.cifar(str(small_cifar_here), timm.create_model(name), 7)
     train, test = (CIFAR10(small_cifar_here, train=flag) for flag in (True, False))
-    mean = torch.from_numpy(train.data).double().div(255).mean(0)
+    mean = (torch.tensor(DATASETS['cifar10'].mean, dtype=torch.float64) if by_colour else
+            torch.from_numpy(train.data).double().div(255).mean(0))
     expected = torch.from_numpy(test.data[:7]).double().div(255) - mean
     torch.testing.assert_close(images.double().permute(0, 2, 3, 1), expected, rtol=0, atol=1e-6)
     assert labels.tolist() == test.targets[:7]
@@ -28,9 +31,9 @@ def test_pictures_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='cannot be read as a picture'):
         pictures.folder(str(tmp_path), model, 3)
     with pytest.raises(ValueError, match='does not hold CIFAR-10 as torchvision keeps it'):
-        pictures.cifar(str(tmp_path), 10, 3)
+        pictures.cifar(str(tmp_path), model, 3)
     with pytest.raises(ValueError, match='7 classes, and CIFAR 10 or 100: give --images'):
-        pictures.cifar(str(tmp_path), 7, 3)
+        pictures.cifar(str(tmp_path), timm.create_model('preresnet20', num_classes=7), 3)
 
 
 def test_a_folder_of_pictures(tmp_path: Path) -> None:
@@ -53,8 +56,9 @@ def test_pixels_are_the_pictures(tmp_path: Path, channels: int) -> None:
 
 def test_pixels_of_cifar_are_its_own(small_cifar_here: Path) -> None:
     from torchvision.datasets import CIFAR10
-    images, _ = pictures.cifar(str(small_cifar_here), 10, 7)
-    pixels = pictures.pixels(images, timm.create_model('preresnet20'), str(small_cifar_here))
+    model = timm.create_model('preresnet20')
+    images, _ = pictures.cifar(str(small_cifar_here), model, 7)
+    pixels = pictures.pixels(images, model, str(small_cifar_here))
     assert torch.equal(pixels, torch.from_numpy(CIFAR10(small_cifar_here, train=False).data[:7]))
 
 

@@ -61,7 +61,9 @@ def test_cut_and_continued_to_the_same_bits(small_cifar_here: Path, backbone: Pa
     assert record['start']['name'] == 'backbone.safetensors' and record['recipe_name'] == 'ft'
     assert record['recipe_id'] == 'ft epochs=2 batch_size=32'
     assert record['nonlocal']['stable'] == stable and record['nonlocal']['inner_dim'] == 32
-    made = timm.create_model(f'local-dir:{tmp_path / "whole"}', pretrained=True).state_dict()
+    network: Any = timm.create_model(f'local-dir:{tmp_path / "whole"}', pretrained=True)
+    made = network.state_dict()
+    assert network.pretrained_cfg['tag'] == 'ft_cifar10'
     assert same_tensors(made, load_file(tmp_path / 'whole' / 'model.safetensors'))
     step, steps = Trainer._look_up, []
 

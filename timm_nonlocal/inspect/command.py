@@ -109,7 +109,7 @@ def _watch(result: Result, source: Source, args: argparse.Namespace) -> None:
 
     model: Any = build(source, args.arch)  # timm's, with num_classes
     try:
-        images, labels = (pictures.cifar(args.data_dir, model.num_classes, args.num_images) if args.data_dir
+        images, labels = (pictures.cifar(args.data_dir, model, args.num_images) if args.data_dir
                           else pictures.folder(args.images, model, args.num_images))
     except ValueError as error:
         raise CheckpointError(str(error)) from error

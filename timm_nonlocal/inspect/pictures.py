@@ -8,6 +8,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from ..datasets import DATASETS, DataError, mean_image, read_images
+from ..models.pretrained import mean_by_tag
 
 __all__ = ['cifar', 'folder', 'pixels']
 
@@ -15,12 +16,12 @@ MODES = {1: 'L', 3: 'RGB'}
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
 
 
-def cifar(data_dir: str, num_classes: int, count: int) -> tuple[Tensor, Tensor]:
-    """The first test images of CIFAR-10 or CIFAR-100 with the training images' mean subtracted, as in the paper.
+def cifar(data_dir: str, model: Any, count: int) -> tuple[Tensor, Tensor]:
+    """The first test images of CIFAR-10 or CIFAR-100, less what the network's tag says it was trained without.
 
     Args:
         data_dir: where torchvision keeps the data set.
-        num_classes: 10 or 100.
+        model: a network of timm's with 10 or 100 classes; without a tag of ours the paper's mean image is taken off.
         count: how many.
 
     Returns:
@@ -29,15 +30,17 @@ def cifar(data_dir: str, num_classes: int, count: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the data set is not there, or the model has another number of classes.
     """
-    name = f'cifar{num_classes}'
+    name = f'cifar{model.num_classes}'
     if name not in DATASETS:
-        raise ValueError(f'the model has {num_classes} classes, and CIFAR 10 or 100: '
+        raise ValueError(f'the model has {model.num_classes} classes, and CIFAR 10 or 100: '
                          f'give --images in place of --data-dir')
     try:
         train, (test, labels) = read_images(name, data_dir, train=True)[0], read_images(name, data_dir, train=False)
     except DataError as error:
         raise ValueError(f'{data_dir} does not hold {DATASETS[name].title} as torchvision keeps it') from error
-    images = test[:count].float().div(255) - mean_image(train)  # (N, 32, 32, 3)
+    by_colour = mean_by_tag((model.pretrained_cfg or {}).get('tag')) == 'colour'
+    mean = torch.tensor(DATASETS[name].mean) if by_colour else mean_image(train)
+    images = test[:count].float().div(255) - mean  # (N, 32, 32, 3)
     return images.permute(0, 3, 1, 2).contiguous(), labels[:count]
 
 

@@ -14,8 +14,9 @@ from timm.models import generate_default_cfgs, resolve_pretrained_cfg
 
 from ..datasets import DATASETS
 from ..paper import ARXIV, TITLE
+from ..recipes import RECIPES
 
-__all__ = ['INDEX', 'TAGS', 'WEIGHTS', 'Tag', 'default_cfgs', 'require_weights']
+__all__ = ['INDEX', 'TAGS', 'WEIGHTS', 'Tag', 'default_cfgs', 'mean_by_tag', 'require_weights']
 
 WEIGHTS = Path(__file__).resolve().parents[1] / 'weights'
 
@@ -28,6 +29,11 @@ class Tag:
 
 TAGS = {**{dataset: Tag(dataset, 'paper') for dataset in DATASETS},
         **{f'ft_{dataset}': Tag(dataset, 'ft') for dataset in DATASETS}}  # in the order of preference
+
+
+def mean_by_tag(tag: str | None) -> str:
+    """What networks with a tag are trained without, 'image' or 'colour', see `Recipe.mean`; other tags say nothing."""
+    return RECIPES[TAGS[tag].recipe if tag in TAGS else 'paper'].mean
 
 
 def _index() -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ import timm_nonlocal
 from timm_nonlocal.checkpoints.targets import near_names
 from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.errors import first_line
+from timm_nonlocal.models.pretrained import TAGS, Tag
 from timm_nonlocal.recipes import PAPER, RECIPES, Recipe, nearest, recipe_id
 
 __all__ = ['ROOT', 'Run', 'Start', 'describe_result', 'nonlocal_choices', 'parse_kwargs', 'surroundings']
@@ -117,7 +118,9 @@ class Run:
             raise ValueError(f'--model {self.architecture}: unknown.{near_names(architecture)}')
         kwargs = parse_kwargs(self.model_kwargs)
         if architecture in timm.list_models('preresnet*'):
-            architecture = f'{architecture}.{self.dataset}'  # the tag carries mean and number of classes
+            means = Tag(self.dataset, nearest(self.recipe))
+            tag = next((tag for tag in TAGS if TAGS[tag] == means), self.dataset)
+            architecture = f'{architecture}.{tag}'  # carries mean and number of classes
         torch.manual_seed(self.seed)
         try:
             return timm.create_model(architecture, **{'num_classes': DATASETS[self.dataset].num_classes, **kwargs})
