@@ -47,7 +47,7 @@ def test_what_is_published_names_no_path_and_no_placeholder(published: Any, proj
     files = repository.commits[repository.branches['main']].files
     config = json.loads(files['config.json'].data)
     assert config['architecture'] == NONLOCAL.split('.')[0] and len(config['label_names']) == 10
-    assert 'num_classes' not in config['model_args'] and 'file' not in config['pretrained_cfg']
+    assert 'num_classes' not in config.get('model_args', {}) and 'file' not in config['pretrained_cfg']
     card = files['README.md'].data.decode()
     assert f"'hf-hub:alice/{NONLOCAL}'" in card and 'NAMESPACE' not in card
     assert '\n![The top eigenvalues of every block](spectrum.png)\n' in card
