@@ -85,17 +85,23 @@ def test_every_run_can_be_built() -> None:
 
 # What runs
 
-def test_runs_train_in_processes_of_their_own(small_cifar: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_runs_train_in_processes_of_their_own(small_cifar: Path, tmp_path: Path, environment: dict[str, str],
+                                              monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     """Side by side, one waiting for the weights of another; the second time nothing is left to do."""
-    only = '--only', 'preresnet56.cifar100.ft.seed0', 'preresnet20.cifar10.short.seed0', 'preresnet20.cifar10.ft.seed0'
-    done = go(command(small_cifar, tmp_path / 'c', *only), environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('final error') == 2 and '2 done' in done.stdout and '1 waiting' in done.stdout
+    monkeypatch.setenv('PYTHONPATH', environment['PYTHONPATH'])
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(timm, 'is_model_pretrained', lambda name: name != 'preresnet56.cifar100')  # whatever has landed
+    _, _, _, *arguments = command(
+        small_cifar, tmp_path / 'c', '--only', 'preresnet56.cifar100.ft.seed0', 'preresnet20.cifar10.short.seed0',
+        'preresnet20.cifar10.ft.seed0')
+    assert campaign.main(arguments) == 0
+    done = capsys.readouterr().out
+    assert done.count('final error') == 2 and '2 done' in done and '1 waiting' in done
     tuned = result(tmp_path / 'c' / 'preresnet20.cifar10.ft.seed0')
     assert tuned['start']['name'] == 'preresnet20.cifar10' and tuned['recipe']['nesterov']
     assert tuned['mixed_precision'] == 'bf16' and tuned['test_every'] == 4
-    again = go(command(small_cifar, tmp_path / 'c', *only), environment)
-    assert again.returncode == 0 and 'final error' not in again.stdout
+    assert campaign.main(arguments) == 0 and 'final error' not in capsys.readouterr().out
 
 
 def test_a_signal_saves_and_the_next_time_goes_on(small_cifar: Path, tmp_path: Path,
