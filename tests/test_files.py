@@ -7,7 +7,7 @@ from threading import Thread
 import pytest
 
 from timm_nonlocal import files
-from timm_nonlocal.errors import first_line
+from timm_nonlocal.errors import first_line, last_line
 
 
 def test_a_link_stays_one_and_its_file_is_written(tmp_path: Path) -> None:
@@ -28,8 +28,8 @@ def test_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
     assert got == ['text'] and pipe.is_fifo()
 
 
-@pytest.mark.parametrize(('error', 'line'), [
-    (ValueError('\n  what is wrong.\nmore'), 'what is wrong'), (ValueError(), 'ValueError'),
-    (OSError(' \n'), 'OSError')])
-def test_first_line(error: Exception, line: str) -> None:
-    assert first_line(error) == line
+@pytest.mark.parametrize(('error', 'line', 'last'), [
+    (ValueError('\n  what is wrong.\nmore \n'), 'what is wrong', 'more'), (ValueError(), 'ValueError', 'ValueError'),
+    (OSError(' \n'), 'OSError', 'OSError')])
+def test_first_and_last_line(error: Exception, line: str, last: str) -> None:
+    assert (first_line(error), last_line(error)) == (line, last)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from timm_nonlocal.checkpoints.targets import CheckpointError, near_names
 from timm_nonlocal.datasets import DATASETS, DataError
+from timm_nonlocal.errors import last_line
 from timm_nonlocal.models.pretrained import mean_by_tag
 from timm_nonlocal.recipes import PAPER
 from train.engine.data import Images, load, mean_colour, whole_plan
@@ -85,7 +86,7 @@ def open_target(target: str) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=True, **options)
     except (RuntimeError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f'{target} cannot be read: {str(error).strip().splitlines()[-1].strip()}') from error
+        raise CheckpointError(f'{target} cannot be read: {last_line(error)}') from error
 
 
 def recorded(target: str, model: nn.Module, published: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -120,16 +121,16 @@ def evaluate(model: nn.Module, images: Images) -> dict[str, Any]:
     highest = logits.topk(2, dim=1).values
     ties = highest[:, 0] - highest[:, 1] <= ROUNDING * logits.abs().amax(dim=1)
 
-    def wrong(logits: Tensor) -> int:
+
+    def count(logits: Tensor) -> int:
         return int((logits.argmax(dim=1) != images.labels).sum())
 
-    found = {'images': len(images), 'wrong': wrong(logits), 'ties': int(ties.sum()),
-             'error': 100 * wrong(logits) / len(images), 'error_timm': None}
+    wrong, wrong_timm = count(logits), None
     if set(config['std']) == {1.0}:
         same = torch.equal(images.mean, timm_images.mean)
-        by_timm = logits if same else logits_of(model, timm_images, columns)
-        found['error_timm'] = 100 * wrong(by_timm) / len(images)
-    return found
+        wrong_timm = wrong if same else count(logits_of(model, timm_images, columns))
+    return {'images': len(images), 'wrong': wrong, 'ties': int(ties.sum()), 'error': 100 * wrong / len(images),
+            'error_timm': None if wrong_timm is None else 100 * wrong_timm / len(images)}
 
 
 def rows(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:

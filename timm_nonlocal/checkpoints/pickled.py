@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import last_line
 from .layouts import Shape, find
 from .tensorfile import CheckpointError, UnsafePickleError, is_pickle, named
 
@@ -73,9 +74,9 @@ def load_pickle(path: Path, mode: str = 'local') -> InMemory:
         what = named(path) or (None if zipfile.is_zipfile(path) or is_pickle(path) else 'no pickle, or one cut short')
         if what or not isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(f'{path} is neither a safetensors file nor a readable pickle of tensors ' + (
-                f'but {what}' if what else f'({type(error).__name__}: {_last_line(error)})')) from error
+                f'but {what}' if what else f'({type(error).__name__}: {last_line(error)[:200]})')) from error
         asks = re.search(r'GLOBAL ([\w.]+)|(Unsupported \w+ \d+)', str(error))
-        reason = f'it asks for {asks[1]}' if asks and asks[1] else asks[2] if asks else _last_line(error)
+        reason = f'it asks for {asks[1]}' if asks and asks[1] else asks[2] if asks else last_line(error)[:200]
         raise UnsafePickleError(
             f'{path} is refused: it is no pickle of tensors and plain values alone ({reason}), and nothing else is '
             f'loaded; save its state dict as safetensors where you trust it') from error
@@ -106,7 +107,3 @@ def _groups(content: Any, way: tuple[str, ...], seen: set[int]) -> Iterator[tupl
     for key, value in content.items():
         if isinstance(key, str) and not _OTHER.search(key):
             yield from _groups(value, (*way, key), seen)
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]

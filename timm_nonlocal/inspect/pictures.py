@@ -34,12 +34,13 @@ def cifar(data_dir: str, model: Any, count: int) -> tuple[Tensor, Tensor]:
     if name not in DATASETS:
         raise ValueError(f'the model has {model.num_classes} classes, and CIFAR 10 or 100: '
                          f'give --images in place of --data-dir')
+    by_colour = mean_by_tag((model.pretrained_cfg or {}).get('tag')) == 'colour'
     try:
-        train, (test, labels) = read_images(name, data_dir, train=True)[0], read_images(name, data_dir, train=False)
+        mean = (torch.tensor(DATASETS[name].mean) if by_colour else
+                mean_image(read_images(name, data_dir, train=True)[0]))
+        test, labels = read_images(name, data_dir, train=False)
     except DataError as error:
         raise ValueError(f'{data_dir} does not hold {DATASETS[name].title} as torchvision keeps it') from error
-    by_colour = mean_by_tag((model.pretrained_cfg or {}).get('tag')) == 'colour'
-    mean = torch.tensor(DATASETS[name].mean) if by_colour else mean_image(train)
     images = test[:count].float().div(255) - mean  # (N, 32, 32, 3)
     return images.permute(0, 3, 1, 2).contiguous(), labels[:count]
 

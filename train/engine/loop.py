@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_nonlocal import spectrum
+from timm_nonlocal.errors import last_line
 from train.engine.data import Images, whole_plan
 from train.engine.execution import Execution
 from train.engine.pool import Pool
@@ -85,7 +86,7 @@ class Trainer:
                 missing, unknown = learner.bare.load_state_dict(weights, strict=False)
             except RuntimeError as error:
                 raise ValueError(f'--start {run.start.name} does not fit {run.architecture}: '
-                                 f'{str(error).splitlines()[-1].strip()}') from error
+                                 f'{last_line(error)}') from error
             other = [*unknown, *(name for name in missing if '.nl.' not in name)]
             if other:
                 raise ValueError(f'--start {run.start.name} is not the backbone of {run.architecture}: {other[0]} is '
@@ -123,6 +124,9 @@ class Trainer:
             if not self.processes.first:  # the first process has the sum
                 learner.loss.zero_()
                 learner.wrong.zero_()
+        progress.setdefault('commits', [])  # older states lack both
+        for state in progress['runs']:
+            state.setdefault('diverged_step', None)
         self.progress = progress
 
     # The epochs
@@ -142,8 +146,8 @@ class Trainer:
         """
         progress, count = self.progress, len(self.train_set)
         bar = bar or Bar(0, 0, enabled=False)
-        if self.where['commit'] not in (commits := progress.setdefault('commits', [])):
-            commits.append(self.where['commit'])
+        if self.where['commit'] not in progress['commits']:
+            progress['commits'].append(self.where['commit'])
         self.started = time.monotonic() - progress['seconds']
         self.saved, self.save = time.monotonic(), save
         plans = None
@@ -181,7 +185,7 @@ class Trainer:
         if (epoch + 1) % self.runs[0].test_every == 0 or epoch + 1 == self.epochs:
             return [True] * len(self.runs)
         self._diverged()
-        return [state.get('diverged_step') is not None and not ended(state) for state in self.progress['runs']]
+        return [state['diverged_step'] is not None and not ended(state) for state in self.progress['runs']]
 
     @property
     def _asks(self) -> bool:
@@ -198,13 +202,13 @@ class Trainer:
         """Notes where a loss is first seen not to be finite; whether that is so of every run."""
         losses = self.processes.sum(torch.stack([learner.loss for learner in self.learners])).tolist()
         for loss, state in zip(losses, self.progress['runs'], strict=True):
-            if not math.isfinite(loss) and state.get('diverged_step') is None:
+            if not math.isfinite(loss) and state['diverged_step'] is None:
                 state['diverged_step'] = self._step
-        return all(state.get('diverged_step') is not None for state in self.progress['runs'])
+        return all(state['diverged_step'] is not None for state in self.progress['runs'])
 
     def _meters(self) -> str:
         going = [learner for learner, state in zip(self.learners, self.progress['runs'], strict=True)
-                 if state.get('diverged_step') is None] or self.learners
+                 if state['diverged_step'] is None] or self.learners
         seen = len(going) * self.progress['images'] / self.processes.world
         loss, wrong = (sum(meter.item() for meter in meters) / seen
                        for meters in zip(*((learner.loss, learner.wrong) for learner in going), strict=True))
@@ -246,7 +250,7 @@ class Trainer:
                 rows.append(None)
                 continue
             row = {
-                'epoch': epoch + 1, 'step': state.get('diverged_step') or self._step,
+                'epoch': epoch + 1, 'step': state['diverged_step'] or self._step,
                 'lr': run.recipe.lr_at(epoch * steps, steps),
                 'train_loss': loss / train_count if math.isfinite(loss) else None,
                 'train_error': 100 * wrong / train_count,
