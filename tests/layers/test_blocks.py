@@ -183,6 +183,19 @@ def test_any_grid(shape: tuple[int, ...]) -> None:
     assert NonlocalStage(C, 2)(x).shape == NonlocalBlocks(C, 2)(x).shape == x.shape
 
 
+@GRID
+@pytest.mark.parametrize('merged', [False, True])
+@pytest.mark.parametrize('make', [NonlocalBlocks, NonlocalStage])
+@pytest.mark.parametrize('shape', [(0, C, H, W), (2, C, 0, W), (0, C, 0, 0)])
+def test_no_image_or_no_position(affinity: str, merged: bool, make: type[NonlocalBlocks] | type[NonlocalStage],
+                                 shape: tuple[int, ...]) -> None:
+    module, x = make(C, 2, affinity=affinity, merged=merged), torch.randn(shape, requires_grad=True)
+    z = module(x)
+    z.sum().backward()
+    assert x.grad is not None and z.shape == x.grad.shape == x.shape
+    assert not any(p.grad.any() for p in module.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize('make', [NonlocalBlocks, NonlocalStage])
 @pytest.mark.parametrize(('kwargs', 'message'), [
     (dict(dim=C, k=0), 'k=0: it must be a whole number of at least 1'),

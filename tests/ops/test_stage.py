@@ -310,13 +310,6 @@ def test_frozen_weights() -> None:
     assert module.phi and module.phi.weight.grad is not None
 
 
-def test_no_image() -> None:
-    x = torch.randn(0, C, 4, 4, requires_grad=True)
-    z = NonlocalStage(C, 2)(x)
-    z.sum().backward()
-    assert x.grad is not None and z.shape == x.grad.shape == x.shape
-
-
 @DEVICES
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('formulation', ['original', 'proposed'])

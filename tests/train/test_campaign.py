@@ -132,6 +132,14 @@ def test_one_that_fails_does_not_stop_the_others(small_cifar: Path, tmp_path: Pa
     assert 'preresnet20_nl_proposed_k5.cifar10.short.seed0: failed with exit code' in done.stdout
 
 
+def test_a_ray_cluster_without_anything_to_compute_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, 'ray', SimpleNamespace(
+        is_initialized=lambda: True, cluster_resources=lambda: {'memory': 1.0}))
+    assert campaign.main(['--output-dir', str(tmp_path), '--engine', 'ray', '--dry-run']) == 2
+    assert 'error: --engine ray: the cluster has neither CPUs nor GPUs' in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_lost_worker_of_ray_is_replaced(small_cifar: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """Two workers; one is killed in the middle of its run, which goes on from its folder to the same bits."""

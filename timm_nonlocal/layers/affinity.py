@@ -114,7 +114,7 @@ class Uniform(Affinity):
     semidefinite = True
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        return q.new_full((1, 1, q.shape[1]), 1.0 / q.shape[1])  # one row stands for all
+        return q.new_ones(1, 1, q.shape[1]) / q.shape[1]  # one row stands for all
 
 
 class Identity(Affinity):
@@ -212,8 +212,9 @@ class Concatenation(PerPosition):
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
-        w = self.weight * (self.scale / q.shape[1])
-        rows, columns = check_memory(q) @ w[0], k @ w[-1]  # (B, M) each: w·[θ, φ] splits into a sum
+        w = self.weight * self.scale
+        rows = check_memory(q) @ w[0] / q.shape[1]  # (B, M), as are the columns: w·[θ, φ] splits into a sum
+        columns = k @ w[-1] / q.shape[1]
         return F.relu(rows.unsqueeze(2) + columns.unsqueeze(1))  # (B, M, M)
 
 

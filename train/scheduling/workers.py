@@ -94,7 +94,7 @@ class Ray:
         jobs: at most so many at once.
 
     Raises:
-        ValueError: Ray is not installed.
+        ValueError: Ray is not installed, or its cluster has nothing to compute on.
     """
 
     def __init__(self, jobs: int | None = None):
@@ -106,7 +106,9 @@ class Ray:
             ray.init(log_to_driver=False, configure_logging=False, include_dashboard=False)
         resources = ray.cluster_resources()
         self.gpu = resources.get('GPU', 0) >= 1
-        self.slots = list(range(int(resources['GPU' if self.gpu else 'CPU'])))[:jobs]
+        self.slots = list(range(int(resources.get('GPU' if self.gpu else 'CPU', 0))))[:jobs]
+        if not self.slots:
+            raise ValueError('--engine ray: the cluster has neither CPUs nor GPUs')
 
     def begin(self, words: list[str], slot: int, log: Path, mixed_precision: str) -> Task:
         import ray
