@@ -11,7 +11,7 @@ from timm_nonlocal.datasets import DATASETS
 from timm_nonlocal.recipes import Recipe, recipe_id
 
 from .index import create, parameters
-from .results import Record, Shipped, counted, deviations, diverged, median_records, summary
+from .results import Record, Shipped, counted, deviations, diverged, median_records, precision, summary
 from .spectra import of_weights
 
 __all__ = ['card', 'published']
@@ -86,7 +86,7 @@ def rates(recipe: Recipe) -> str:
 def training_text(record: Record) -> str:
     """How this file was trained, field by field."""
     recipe, versions, start = Recipe.from_dict(record['recipe']), record.get('versions', {}), record.get('start')
-    precision, at_once = record.get('mixed_precision', ''), record.get('at_once', 1)
+    at_once = record.get('at_once', 1)
     rows = [
         ('data', f'{DATASETS[record["dataset"]].title}, divided by 255, the training images’ mean {recipe.mean} '
                  f'subtracted; random crops of the image padded by 4, random flips'),
@@ -96,7 +96,7 @@ def training_text(record: Record) -> str:
                    f'{"Nesterov " * recipe.nesterov}momentum {recipe.momentum}, weight decay {recipe.weight_decay} on '
                    f'every parameter, {rates(recipe)}'),
         ('differs from the paper in', '; '.join(deviations(record)) or 'nothing that the paper states'),
-        ('precision', {'no': 'float32', 'bf16': 'bfloat16 autocast, float32 weights'}.get(precision, precision)),
+        ('precision', precision(record)),
         ('device', record.get('device')),
         ('hours', f'{record["seconds"] / 3600:.2f}' + f', of {at_once} runs side by side' * (at_once > 1)
          if record.get('seconds') else None),

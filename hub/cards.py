@@ -11,6 +11,7 @@ import argparse
 import math
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from timm_nonlocal import paper
@@ -30,6 +31,7 @@ from .results import (
     counted,
     deviations,
     load,
+    precision,
     recipe_for,
     shipped,
     summary,
@@ -95,12 +97,14 @@ def tables_text(records: list[Record], files: list[Shipped]) -> str:
     """Both tables for every recipe, with what is counted in them."""
     ways = [*((name, None) for name in RECIPES), ('short', RECIPES['short'].lr)]
     others = sum(all(deviations(record, *way) for way in ways) for record in records)
+    precisions = '; '.join(f'{count} in {name}' for name, count in Counter(map(precision, records)).items())
     return '\n\n'.join([
         'Test errors in per cent after the last epoch; n is the number of runs that followed the recipe: the paper’s; '
         '`ft`, which inserts the nonlocal modules as the identity into the trained backbone and anneals both, its '
         'baseline the backbone annealed in the same way; `short`, the paper’s in a tenth of its length. A run that '
         'diverged has no final error and is counted apart. Runs in '
-        f'`hub/results.jsonl` that followed none of them, and are not counted: {others}.',
+        f'`hub/results.jsonl` that followed none of them, and are not counted: {others}. The paper does not say '
+        f'in which precision it computes. Runs of ours: {precisions or "none"}.',
         *(table_text(table, records, files, recipe) for recipe in ('paper', 'ft') for table in paper.TABLES),
         table_text(paper.TABLES[0], records, files, 'short')])
 

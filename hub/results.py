@@ -18,8 +18,8 @@ from timm_nonlocal.models.pretrained import TAGS, WEIGHTS
 from timm_nonlocal.recipes import RECIPES, Recipe, nearest
 
 __all__ = ['HUB', 'RESULTS', 'WEIGHTS', 'Counted', 'PublishError', 'Record', 'Shipped', 'Summary', 'counted',
-           'deviations', 'diverged', 'load', 'median_records', 'recipe_for', 'recipe_name', 'shipped', 'summary', 'tag',
-           'to_ship']
+           'deviations', 'diverged', 'load', 'median_records', 'precision', 'recipe_for', 'recipe_name', 'shipped',
+           'summary', 'tag', 'to_ship']
 
 HUB = Path(__file__).parent
 RESULTS = HUB / 'results.jsonl'
@@ -54,6 +54,12 @@ def load(path: Path = RESULTS) -> list[Record]:
 def diverged(record: Record) -> bool:
     """Whether the run's training loss was not finite, so that it has no final error."""
     return record.get('diverged_epoch') is not None
+
+
+def precision(record: Record) -> str:
+    """In which precision a run was computed, in words."""
+    name = record.get('mixed_precision', 'no')
+    return {'no': 'float32', 'bf16': 'bfloat16 autocast, float32 weights'}.get(name, name)
 
 
 def recipe_name(record: Record) -> str:
