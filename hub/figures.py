@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from timm_nonlocal import paper
 from timm_nonlocal.analysis.random_weights import negative_of_random_weights
-from timm_nonlocal.recipes import PAPER, Recipe
+from timm_nonlocal.recipes import PAPER, RECIPES, Recipe
 
 from . import drawing, overview
 from .drawing import Drawn
@@ -88,10 +88,11 @@ def _judge_spectrum(claim: str, tops: list[tuple[float, ...]]) -> str:
     """What the signs say of a claim."""
     if claim == 'large positive':
         largest = max(max(top) / abs(top[0]) for top in tops)
-        positive = _list(sum(value > 0 for value in top) for top in tops)
-        return (f'{positive} of the top {len(tops[0])} are positive, the largest of them {largest:.2f} of the greatest '
-                f'magnitude in its block; the paper: many, some of large magnitude. '
-                f'{_agrees(largest >= 0.5)} (at least half)')
+        counts, expected, spread = signs('positive', tops)
+        random = all(abs(count - expected) <= SIGMAS * spread for count in counts)
+        return (f'{_list(counts)} of the top {len(tops[0])} are positive ({expected:.1f} ± {spread:.1f} by chance), '
+                f'the largest of them {largest:.2f} of the greatest magnitude in its block; the paper: many, some of '
+                f'large magnitude. {_agrees(largest >= 0.5)} (at least half)' + ', as random weights would' * random)
     counts, expected, spread = signs(claim, tops)
     return (f'{_list(counts)} of the top {len(tops[0])} are {claim} ({expected:.1f} ± {spread:.1f} by chance); the '
             f'paper: most. {_agrees(beyond_chance(counts, expected, spread))}')
@@ -113,7 +114,16 @@ def losses(record: Record) -> tuple[float, ...]:
     return tuple(math.nan if loss is None else loss for loss in record['train_loss'])
 
 
-def _curves(panel: paper.Panel, found: dict[str, Source]) -> Drawn:
+def control(four: Record, records: list[Record]) -> Record | None:
+    """The network without blocks, trained with the learning rate of four blocks where that is not the recipe's own."""
+    name, lr = recipe_name(four), Recipe.from_dict(four['recipe']).lr
+    if lr == RECIPES[name].lr:
+        return None
+    plain = paper.TABLES[0].rows[0].architecture
+    return next(iter(median_records(counted(records, plain, paper.FIGURE_DATASET, name, lr).finished)), None)
+
+
+def _curves(panel: paper.Panel, found: dict[str, Source], records: list[Record]) -> Drawn:
     series = {name: losses(source.record) for name, source in found.items() if source.record['train_loss']}
     missing = [f'the training curve of {name}.{paper.FIGURE_DATASET}' for name in panel.architectures
                if name not in series]
@@ -125,9 +135,14 @@ def _curves(panel: paper.Panel, found: dict[str, Source]) -> Drawn:
         return Drawn(panel, series, [], f'not judged: with {_list(lost)} it diverged, and there is no final training '
                                         f'loss; the paper: much larger with 4{recipes}')
     *others, four = (curve[-1] for curve in series.values())
-    return Drawn(panel, series, [], f'final training loss {_list(f"{loss:.3f}" for loss in (*others, four))} for '
-                 f'1 to 4 blocks, with 4 blocks {four / max(others):.1f} times the largest of the others; the paper: '
-                 f'much larger with 4. {_agrees(four >= 2 * max(others))} (at least twice){recipes}')
+    said = (f'final training loss {_list(f"{loss:.3f}" for loss in (*others, four))} for 1 to 4 blocks, with 4 blocks '
+            f'{four / max(others):.1f} times the largest of the others')
+    if plain := control(found[panel.architectures[-1]].record, records):
+        others.append(losses(plain)[-1])
+        said += (f', but no block at all, with the learning rate {plain["recipe"]["lr"]:g} of 4, gives '
+                 f'{others[-1]:.3f}, so that 4 give {four / others[-1]:.1f} times that')
+    return Drawn(panel, series, [], f'{said}; the paper: much larger with 4. {_agrees(four >= 2 * max(others))} '
+                                    f'(at least twice){recipes}')
 
 
 def _recipes(records: list[Record]) -> str:
@@ -158,7 +173,7 @@ def collect(records: list[Record], files: list[Shipped]) -> dict[int, list[Drawn
         for panel in figure.panels:
             found = sources(panel, records, files)
             drawn[figure.number].append(
-                _curves(panel, found) if panel.curves else _spectrum(panel, found.get(panel.architectures[0])))
+                _curves(panel, found, records) if panel.curves else _spectrum(panel, found.get(panel.architectures[0])))
     return drawn
 
 

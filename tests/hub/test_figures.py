@@ -73,6 +73,26 @@ def test_a_run_that_diverged_is_said_to_have(everything: list[Record]) -> None:
     assert '. Agrees' in drawn[3][0].verdict and not drawn[3][1].missing, 'a run that did not stands for the network'
 
 
+@pytest.mark.parametrize(('loss', 'verdict'), [(0.3, 'Agrees'), (0.9, 'Does not agree')])
+def test_the_learning_rate_of_four_blocks_has_a_control(everything: list[Record], loss: float, verdict: str) -> None:
+    tenth = recipe_for('preresnet20_nl_original_k4', 'paper').to_dict()
+    curve = figures.collect([*everything, made_run('preresnet20', loss=loss, recipe=tenth)], [])[3][0]
+    assert (f'11.0 times the largest of the others, but no block at all, with the learning rate 0.01 of 4, gives '
+            f'{loss:.3f}, so that 4 give {1.1 / loss:.1f} times that;') in curve.verdict
+    assert f'. {verdict} (at least twice)' in curve.verdict and 'preresnet20' not in curve.series
+    usual = figures.collect([*everything, made_run('preresnet20', loss=loss)], [])[3][0]
+    assert 'no block at all' not in usual.verdict, 'with its own learning rate it is no control'
+
+
+def test_signs_that_random_weights_have_too(everything: list[Record]) -> None:
+    name = 'preresnet20_nl_original_k4'
+    assert 'random' not in figures.collect(everything, [])[3][1].verdict
+    everything[3] = made_run(name, *([top(16, 0.9)] * 4))
+    assert ('16, 16, 16 and 16 of the top 32 are positive (16.0 ± 0.6 by chance), the largest of them 0.90 of the '
+            'greatest magnitude in its block; the paper: many, some of large magnitude. Agrees (at least half), as '
+            'random weights would') in figures.collect(everything, [])[3][1].verdict
+
+
 def test_a_panel_shows_one_recipe(everything: list[Record]) -> None:
     for run in everything[:4]:
         run['train_loss'] = [3.0, 2.0, 0.4]
@@ -152,7 +172,7 @@ def test_pictures_know_their_data(everything: list[Record], tmp_path: Path, monk
 
 def test_the_overview_prefers_one_recipe_for_both_kinds(everything: list[Record]) -> None:
     assert [each.record['architecture'] for each in overview.collect(everything)] == [
-        'preresnet20_nl_original_k4', 'preresnet20_nl_proposed_k4']
+        'preresnet20_nl_original_k3', 'preresnet20_nl_proposed_k4']
     short = [made_run('preresnet20_nl_original_k1', top(28), recipe=SHORT.to_dict(), epochs=(4, 16))]
     found = overview.collect(everything[4:] + short)
     assert [each.recipe for each in found] == ['short', 'paper'], 'no recipe has both'
