@@ -58,7 +58,7 @@ def diverged(record: Record) -> bool:
 
 def precision(record: Record) -> str:
     """In which precision a run was computed, in words."""
-    name = record.get('mixed_precision', 'no')
+    name = str(record.get('mixed_precision', 'no'))
     return {'no': 'float32', 'bf16': 'bfloat16 autocast, float32 weights'}.get(name, name)
 
 
