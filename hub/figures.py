@@ -119,8 +119,8 @@ def control(four: Record, records: list[Record]) -> Record | None:
     name, lr = recipe_name(four), Recipe.from_dict(four['recipe']).lr
     if lr == RECIPES[name].lr:
         return None
-    plain = paper.TABLES[0].rows[0].architecture
-    return next(iter(median_records(counted(records, plain, paper.FIGURE_DATASET, name, lr).finished)), None)
+    found = counted(records, paper.BASELINE.architecture, paper.FIGURE_DATASET, name, lr)
+    return next(iter(median_records(found.finished)), None)
 
 
 def _curves(panel: paper.Panel, found: dict[str, Source], records: list[Record]) -> Drawn:

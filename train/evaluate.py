@@ -121,7 +121,6 @@ def evaluate(model: nn.Module, images: Images) -> dict[str, Any]:
     highest = logits.topk(2, dim=1).values
     ties = highest[:, 0] - highest[:, 1] <= ROUNDING * logits.abs().amax(dim=1)
 
-
     def count(logits: Tensor) -> int:
         return int((logits.argmax(dim=1) != images.labels).sum())
 

@@ -139,14 +139,14 @@ class _Call:
         self.maps = w_out.shape[1]  # k C'
         self.embedded = len(w_in) - self.maps
         self.dim = self.embedded // embeddings if embeddings else channels
-        some = max(1, self.positions)  # an empty grid is no chunk
-        self.backend = _backend_class(backend)(w_in, some, inner, scale, formulation)
+        positions = max(1, self.positions)  # an empty grid has no chunk, so that no backend sees it
+        self.backend = _backend_class(backend)(w_in, positions, inner, scale, formulation)
         self.w_in, self.w_out = w_in.to(self.backend.dtype), w_out.to(self.backend.dtype)
         self.t = self.w_in[self.embedded:] @ self.w_out  # (k C', k C'): Tₙₘ = W_gⁿ W_Zᵐ for all n and m
         images = self.backend.images
         if recompute:
             columns = 2 * len(w_in) + (self.backend.halves + 1) * self.maps + 2 * self.dim + channels
-            images = min(images, max(1, RECOMPUTE_BYTES // (some * columns * self.backend.dtype.itemsize)))
+            images = min(images, max(1, RECOMPUTE_BYTES // (positions * columns * self.backend.dtype.itemsize)))
         count = -(-batch // images) if self.positions else 0
         self.chunks = [slice(batch * i // count, batch * (i + 1) // count) for i in range(count)]
         self.largest = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)

@@ -49,7 +49,8 @@ def _first() -> Iterator[PlannedRun]:
     yield _planned('preresnet20', SHORT)
     for k in (1, 2, 3, 4):
         yield _planned(f'preresnet20_nl_original_k{k}', SHORT)
-    yield _planned('preresnet20_nl_original_k4', tenth := recipe_for('preresnet20_nl_original_k4', 'short'))
+    tenth = recipe_for('preresnet20_nl_original_k4', 'short')
+    yield _planned('preresnet20_nl_original_k4', tenth)
     yield _planned('preresnet20', tenth)  # what of that is the learning rate's doing?
     yield _planned('preresnet20_nl_proposed_k4', SHORT)
     yield _planned('preresnet20_nl_proposed_k5', SHORT)
