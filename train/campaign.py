@@ -54,7 +54,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--max-minutes', type=number(), default=0.0, metavar='M',
                         help='save and stop before M minutes')
     parser.add_argument('--engine', choices=list(ENGINES), default='local', help='this machine, or a Ray cluster')
-    parser.add_argument('--jobs', type=whole(1), metavar='N', help='runs at once (default: one a core, or one a GPU)')
+    parser.add_argument('--jobs', type=whole(1), metavar='N',
+                        help='runs at once (default: one a core, or one a GPU; more share a GPU)')
     parser.add_argument('--dry-run', action='store_true', help='print what would be done, and touch nothing')
     parser.add_argument('options', nargs=argparse.REMAINDER, metavar='-- OPTION…',
                         help='further options of train/cifar.py, such as --save-seconds 300')

@@ -14,8 +14,7 @@ import torch
 from benchmarks.stage.check import TOLERANCE, backend_written_out, bound, draw_operands, errors, relative, run_backend
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip('no CUDA device; test_stage.py runs this file through the interpreter', allow_module_level=True)
+pytestmark: list[pytest.MarkDecorator] = [pytest.mark.gpu] * (not INTERPRETED)
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
 DTYPES = [torch.bfloat16, torch.float16] + [torch.float32] * INTERPRETED  # tensor cores would round float32
 # dtype, largest logit, deterministic, formulation

@@ -459,9 +459,10 @@ def test_a_gpu_is_one_of_those_that_are_visible(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr('train.scheduling.workers.LocalTask', lambda process: process)
     monkeypatch.setattr(subprocess, 'Popen', lambda *args, env, **options: seen.append(env['CUDA_VISIBLE_DEVICES']))
-    for visible, names in (('5,GPU-3', ['5', 'GPU-3']), ('', ['0', '1'])):
+    for visible, jobs, names in (('5,GPU-3', None, ['5', 'GPU-3']), ('', None, ['0', '1']), ('', 1, ['0']),
+                                 ('5,GPU-3', 3, ['5', 'GPU-3', '5'])):
         monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
-        for slot in (local := Local()).slots:
+        for slot in (local := Local(jobs)).slots:
             local.begin([], slot, tmp_path / 'log', 'bf16')
         assert [seen.pop(0) for _ in names] == names
 

@@ -90,15 +90,18 @@ class Learner:
 
     def epoch_plan(self, epoch: int) -> Tensor:
         """The plan of an epoch on the CPU, in memory from which a GPU copies without waiting."""
-        plan = epoch_plan(len(self.images), self.seed, epoch)
-        return plan.pin_memory() if self.plan.is_cuda else plan
+        return self._sendable(epoch_plan(len(self.images), self.seed, epoch))
+
+    def _sendable(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.plan.is_cuda else tensor
 
     def seek(self, epoch: int, done: int = 0, plan: Tensor | None = None) -> None:
         """Goes to an epoch (counted from 0) of which `done` images are done; its plan may be at hand already."""
         self.plan.copy_(self.epoch_plan(epoch) if plan is None else plan, non_blocking=True)
         self.cursor.fill_(done)
         first, steps = epoch * self.steps_per_epoch, self.steps_per_epoch
-        self.rates.copy_(torch.tensor([self.recipe.lr_at(step, steps) for step in range(first, first + steps)]))
+        rates = torch.tensor([self.recipe.lr_at(step, steps) for step in range(first, first + steps)])
+        self.rates.copy_(self._sendable(rates), non_blocking=True)
         if done == 0:
             self.loss.zero_()
             self.wrong.zero_()

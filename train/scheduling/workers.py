@@ -42,19 +42,20 @@ class Local:
     """One process a core of this process's affinity mask, with one thread, or one a GPU.
 
     Args:
-        jobs: at most so many at once.
+        jobs: so many at once; on cores no more than there are, on GPUs several share one.
     """
 
     def __init__(self, jobs: int | None = None):
         gpus, everywhere = torch.cuda.device_count(), range(os.cpu_count() or 1)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else list(everywhere)
-        self.gpu, self.slots = gpus > 0, (list(range(gpus)) or cores)[:jobs]
+        self.gpu, self.slots = gpus > 0, list(range(jobs or gpus)) if gpus else cores[:jobs]
         visible = os.environ.get('CUDA_VISIBLE_DEVICES')  # device_count() counts these alone
         self.devices = visible.split(',') if visible else list(map(str, range(gpus)))
 
     def begin(self, words: list[str], slot: int, log: Path, mixed_precision: str) -> Task:
         environment = {**os.environ, 'ACCELERATE_MIXED_PRECISION': mixed_precision}
-        environment |= {'CUDA_VISIBLE_DEVICES': self.devices[slot]} if self.gpu else {'OMP_NUM_THREADS': '1'}
+        environment |= ({'CUDA_VISIBLE_DEVICES': self.devices[slot % len(self.devices)]} if self.gpu
+                        else {'OMP_NUM_THREADS': '1'})
         with open(log, 'a') as file:
             process = subprocess.Popen(
                 [sys.executable, *words], env=environment, stdout=file, stderr=file,
