@@ -16,7 +16,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from benchmarks.stage.contenders import CONTENDERS, MMCV, Case, Step, Worker
 from benchmarks.stage.counts import ceilings, counts, floor
 from benchmarks.stage.measure import captured, extra_bytes, milliseconds
 from benchmarks.stage.report import table
+from timm_nonlocal.errors import first_line
 from timm_nonlocal.files import write_text
 from timm_nonlocal.ops.products import ProductBackend
 from train.records.runs import surroundings
@@ -56,23 +57,38 @@ def device_name(device: torch.device) -> str:
     return f'{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads'
 
 
-def compare(case: Case, device: torch.device, rounds: int, python: str | None) -> dict[str, dict[str, Any]]:
-    """Rows by contender. All are set up, then timed in turn, so that what else runs hits them alike."""
+class DeviceLostError(Exception):
+    """A contender has left the device so that nothing more can be computed on it."""
+
+
+def compare(case: Case, device: torch.device, rounds: int, python: str | None,
+            without: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Rows by contender. All are set up, then timed in turn, so that what else runs hits them alike.
+
+    Args:
+        without: contenders that are left out.
+    """
     rows: dict[str, dict[str, Any]] = {}
     timed: dict[str, tuple[str, Callable[[], float]]] = {}
     repeats, worker = 10 if device.type == 'cuda' else 1, None
 
     def attempt(name: str, function: Callable[[], Any]) -> Any:
         try:
-            return function()
+            result = function()
+            if device.type == 'cuda':
+                torch.cuda.synchronize()  # an error belongs to whom it comes from
+            return result
+        except torch.AcceleratorError as error:
+            raise DeviceLostError(
+                f'{name}: {first_line(error)}; run again with --without {shlex.quote(name)}') from error
         except (RuntimeError, OSError) as error:  # torch.OutOfMemoryError is one
             short = 'out of memory' if isinstance(error, torch.OutOfMemoryError) else f'{type(error).__name__}: {error}'
             rows[name] = {'failed': short.splitlines()[0][:120]}
             return None
 
     for name in CONTENDERS:
-        if name == 'ours, matrix products' and device.type == 'cpu':
-            continue  # which is ours there
+        if name in without or (name == 'ours, matrix products' and device.type == 'cpu'):  # which is ours there
+            continue
         rows[name] = {}
         step = attempt(name, partial(Step, name, case, device))
         used = step and attempt(name, partial(extra_bytes, step.both, device))
@@ -128,14 +144,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             function()
         except Exception as error:
             record['failed'].append(f'{what}: {type(error).__name__}: {error}'[:500])
+            if isinstance(error, DeviceLostError):
+                raise
+        finally:
+            write_text(args.output / 'stage.json', json.dumps({record['device']: record}, indent=1) + '\n')
         gc.collect()
         if device.type == 'cuda':
             torch.cuda.empty_cache()
-        write_text(args.output / 'stage.json', json.dumps({record['device']: record}, indent=1) + '\n')
 
     def measure(case: Case) -> None:
         entry = {'name': str(case), 'counts': counts(case), 'floor': floor(case, record['ceilings']),
-                 'results': compare(case, device, rounds, args.mmcv)}
+                 'results': compare(case, device, rounds, args.mmcv, args.without)}
         record['cases'] = [*(kept for kept in record['cases'] if kept['name'] != entry['name']), entry]
 
     if device.type == 'cuda':
@@ -165,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--threads', type=int, metavar='N', help='CPU threads')
     parser.add_argument('--rounds', type=int, metavar='N', help='measurements of each figure; their median counts')
     parser.add_argument('--cases', type=int, metavar='N', help='only the first N cases')
+    parser.add_argument('--without', nargs='+', default=[], choices=list(CONTENDERS), metavar='CONTENDER',
+                        help='leave some out: ' + '; '.join(CONTENDERS))
     parser.add_argument('--mmcv', metavar='PYTHON', help='a Python whose environment has mmcv-lite, to compare with')
     parser.add_argument('--commit', metavar='SHA', help='the commit, where there is no repository to ask')
     parser.add_argument('--render', nargs='*', type=Path, metavar='FILE',
@@ -176,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
             render('stage', args.render)
             return 0
         record = run(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DeviceLostError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     print(table(record))

@@ -69,6 +69,29 @@ def test_the_end_of_time_and_a_failing_part_cost_nothing_else(tmp_path: Path, mo
     assert not (tmp_path / 'late').exists()
 
 
+def test_a_contender_that_loses_the_device_ends_the_run_and_can_be_left_out(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Step(contenders.Step):
+        def both(self) -> list[torch.Tensor]:
+            if isinstance(self.module, contenders.TimmBlocks):
+                raise torch.AcceleratorError('an illegal memory access was encountered\nmore')
+            return super().both()
+
+    monkeypatch.setattr(benchmark, 'Step', Step)
+    monkeypatch.setattr(benchmark, 'cases', lambda device: [SMALL])
+    monkeypatch.setattr(benchmark, 'checks', lambda *_: [{'what': 'all', 'error': 0, 'tolerance': 1, 'right': True}])
+    command = ['--rounds', '1', '--output', str(tmp_path)]
+    assert benchmark.main(command) == 2
+    said = ("timm NonLocalAttn k times: an illegal memory access was encountered; run again with --without 'timm "
+            "NonLocalAttn k times'")
+    assert capsys.readouterr().err.endswith(f'error: {said}\n')
+    found, = json.loads((tmp_path / 'stage.json').read_text()).values()
+    assert found['failed'] == [f'{SMALL}: DeviceLostError: {said}']
+    assert benchmark.main([*command, '--without', 'timm NonLocalAttn k times']) == 0
+    found, = json.loads((tmp_path / 'stage.json').read_text()).values()
+    assert 'ours' in found['cases'][0]['results'] and 'timm NonLocalAttn k times' not in found['cases'][0]['results']
+
+
 def test_checks_find_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend that forgets the normaliser fails, and one that gives NaN too."""
     def draw() -> list[float]:

@@ -130,8 +130,9 @@ def test_constants_are_fixed_points(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16] + [torch.float32] * INTERPRETED)
 @pytest.mark.parametrize('size', [1e-30, 1e6, 1e15])
-def test_no_nan_where_the_logits_are_finite(dtype: torch.dtype, size: float) -> None:
-    projected, t, dh = draw(dtype, 1, 40, width=16)
+@pytest.mark.parametrize('positions', [40, 64])
+def test_no_nan_where_the_logits_are_finite(dtype: torch.dtype, size: float, positions: int) -> None:
+    projected, t, dh = draw(dtype, 1, positions, width=16)
     projected[:, :, :32] *= size
     projected[:, 3] = 0
     assert all(z.isfinite().all() for z in run_triton(projected, t, dh, dim=16, inner=16, scale=0.25))

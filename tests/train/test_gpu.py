@@ -15,7 +15,7 @@ from train import cifar
 from train.engine.data import whole_plan
 from train.engine.execution import Execution
 from train.engine.pool import Pool
-from train.engine.step import Learner, autocast, compiled_loss, count_wrong, logits_of, loss_of
+from train.engine.step import Learner, autocast, compiled_loss, count_wrong, exact_float32, logits_of, loss_of
 from train.evaluate import ROUNDING, evaluate
 from train.records.runs import Run
 
@@ -99,7 +99,7 @@ def test_learning_rates_reach_the_captured_step() -> None:
     pool = Pool.on(torch.device('cuda'), learners(['preresnet20']))
     one_epoch(pool)
     before = pool.learners[0].state()['model.conv1.weight'].clone()
-    pool.learners[0].optimizer.param_groups[0]['lr'].zero_()
+    pool.learners[0].rates.zero_()
     pool.learners[0].cursor.zero_()
     pool.step(128)
     assert torch.equal(before, pool.learners[0].state()['model.conv1.weight'])
@@ -133,10 +133,18 @@ def test_an_epoch_never_waits_for_the_device() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
 @pytest.mark.parametrize('net', NETS[:2])
-def test_a_compiled_and_captured_step_is_close_to_the_eager_one(net: str, precision: str) -> None:
-    eager, = one_epoch(Pool.on(torch.device('cuda'), learners([net], precision), graph=False))
-    captured, = one_epoch(Pool.on(torch.device('cuda'), learners([net], precision, compiled_loss())))
-    assert difference(captured, eager) < (5e-3 if precision == 'no' else 5e-2)
+def test_a_compiled_and_captured_step_errs_no_more_than_the_eager_one(net: str, precision: str) -> None:
+    """One step, since rounding grows from step to step, against float32 without TF32."""
+    def after_a_step(precision: str, graph: bool = False, loss: Any = loss_of) -> dict[str, torch.Tensor]:
+        pool = Pool.on(torch.device('cuda'), learners([net], precision, loss), graph)
+        pool.learners[0].seek(0)
+        pool.step(128)
+        return {name: tensor.clone() for name, tensor in pool.learners[0].state().items()}
+
+    with exact_float32(torch.device('cuda')):
+        exact = after_a_step('no')
+        compiled = difference(after_a_step(precision, True, compiled_loss()), exact)
+        assert compiled < (1e-4 if precision == 'no' else 1.3 * difference(after_a_step(precision), exact))
 
 
 @pytest.mark.parametrize('more', [(), ('--seeds', '0', '1'), ('--no-graph',)], ids=['graph', 'pool', 'eager'])

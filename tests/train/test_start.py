@@ -250,20 +250,21 @@ def test_a_seed_that_diverges_beside_another(monkeypatch: pytest.MonkeyPatch) ->
     assert lost['final_error'] == lost['test_error'][0] is not None
 
 
-def test_the_commits_are_those_of_every_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commits_and_devices_are_those_of_every_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tree may change while a run goes on, for which it has long read its code, and between its parts."""
     from train.engine import loop
 
-    def part(commit: str) -> Trainer:
-        monkeypatch.setattr(loop, 'surroundings', lambda device: {'commit': commit})
+    def part(commit: str, device: str) -> Trainer:
+        monkeypatch.setattr(loop, 'surroundings', lambda _: {'commit': commit, 'device': device})
         return Trainer([Run('preresnet20', recipe=Recipe(epochs=1, batch_size=8))], random_images(16), random_images(2))
 
-    cut, stop = part('first'), Stop()
+    cut, stop = part('first', 'GPU X'), Stop()
     stop.signalled = True
     assert cut.run(stop, save=lambda *_: None)
-    whole = part('second')
+    whole = part('second', 'CPU Y')
     whole.restore(*cut.state(), source='cut')
-    monkeypatch.setattr(loop, 'surroundings', lambda device: {'commit': 'later'})
+    monkeypatch.setattr(loop, 'surroundings', lambda _: {'commit': 'later', 'device': 'GPU Z'})
     assert not whole.run(Stop(), save=lambda *_: None)
     (record, _), = whole.results()
     assert record['commit'] == 'second' and record['commits'] == ['first', 'second']
+    assert record['device'] == 'GPU X, CPU Y'

@@ -42,9 +42,10 @@ def _store(pointer, tile, rows, ld, positions, columns, width, EVEN: tl.constexp
 
 
 @triton.jit
-def _affinity(s, lse):
-    """A from its exponents, at most 1: where they are huge, two orders of adding one up differ by more than 1."""
-    return tl.exp2(tl.minimum(s - lse, 0.0))
+def _affinity(s, most):
+    """p or A from the exponents and row_max or lse, at most 1: where they are huge, rounding once in the product and
+    the difference together, or in another order of adding up, makes more than 1 of the same exponent."""
+    return tl.exp2(tl.minimum(s - most, 0.0))
 
 
 @triton.jit(do_not_specialize=['n'])
@@ -84,13 +85,13 @@ def apply(
             s = tl.where(columns[None, :] < positions, s, float('-inf'))
         if FIRST:
             higher = tl.maximum(row_max, tl.ceil(tl.max(s, 1)))
-            p = tl.exp2(s - higher[:, None]).to(q.dtype)
+            p = _affinity(s, higher[:, None]).to(q.dtype)
             shrink = tl.exp2(row_max - higher)
             row_sum = row_sum * shrink + tl.sum(p.to(tl.float32), 1)
             total = total * shrink[:, None]
             row_max = higher
         else:
-            p = tl.exp2(s - row_max[:, None]).to(q.dtype)
+            p = _affinity(s, row_max[:, None]).to(q.dtype)
         total = tl.dot(p, g, total)
     if FIRST:
         tl.store(row_max_ptr, row_max, rows < positions)

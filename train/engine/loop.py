@@ -70,7 +70,8 @@ class Trainer:
         self.pool = Pool.on(self.device, learners, graph=execution.graph and world == 1)
         self.test_columns = whole_plan(len(test_set)).to(self.device)[:, rank::world]
         self.progress: Progress = {
-            'epoch': 0, 'images': 0, 'seconds': 0.0, 'data': [len(train_set), len(test_set)], 'commits': [],
+            'epoch': 0, 'images': 0, 'seconds': 0.0, 'data': [len(train_set), len(test_set)],
+            'commits': [], 'devices': [],
             'runs': [{'run': run.to_dict(), 'history': [], 'spectra': [], 'diverged_step': None} for run in runs],
         }
 
@@ -124,7 +125,8 @@ class Trainer:
             if not self.processes.first:  # the first process has the sum
                 learner.loss.zero_()
                 learner.wrong.zero_()
-        progress.setdefault('commits', [])  # older states lack both
+        progress.setdefault('commits', [])  # older states lack all three
+        progress.setdefault('devices', [])
         for state in progress['runs']:
             state.setdefault('diverged_step', None)
         self.progress = progress
@@ -146,8 +148,9 @@ class Trainer:
         """
         progress, count = self.progress, len(self.train_set)
         bar = bar or Bar(0, 0, enabled=False)
-        if self.where['commit'] not in progress['commits']:
-            progress['commits'].append(self.where['commit'])
+        for kept, here in ((progress['commits'], self.where['commit']), (progress['devices'], self.where['device'])):
+            if here not in kept:
+                kept.append(here)
         self.started = time.monotonic() - progress['seconds']
         self.saved, self.save = time.monotonic(), save
         plans = None
@@ -270,7 +273,8 @@ class Trainer:
     def results(self, **more: Any) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
         """For every finished run its line of results (without the weights' sha256) and its weights on the CPU."""
         return [(describe_result(run, state['history'], self.progress['data'], state['spectra'],
-                                 seconds=self.progress['seconds'], at_once=len(self.runs), **self.where,
+                                 seconds=self.progress['seconds'], at_once=len(self.runs),
+                                 **{**self.where, 'device': ', '.join(self.progress['devices'])},
                                  commits=self.progress['commits'],
                                  **{**asdict(self.execution), 'graph': self.pool.graphs is not None}, **more),
                  {name: tensor.cpu().contiguous() for name, tensor in learner.bare.state_dict().items()})

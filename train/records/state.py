@@ -43,7 +43,7 @@ class Progress(TypedDict):
         images: of the next epoch that are done.
         seconds: of training, over all parts of a run that was cut.
         data: how many images there are to train on and to test on.
-        commits: of the code that trained, in order; older states lack them.
+        commits, devices: of what trained, in order; older states lack them.
         runs: what differs between them.
     """
 
@@ -52,6 +52,7 @@ class Progress(TypedDict):
     seconds: float
     data: list[int]
     commits: list[str | None]
+    devices: list[str]
     runs: list[RunProgress]
 
 
