@@ -86,7 +86,7 @@ def rates(recipe: Recipe) -> str:
 def training_text(record: Record) -> str:
     """How this file was trained, field by field."""
     recipe, versions, start = Recipe.from_dict(record['recipe']), record.get('versions', {}), record.get('start')
-    at_once = record.get('at_once', 1)
+    at_once, seconds = record.get('at_once', 1), record.get('seconds')
     rows = [
         ('data', f'{DATASETS[record["dataset"]].title}, divided by 255, the training images’ mean {recipe.mean} '
                  f'subtracted; random crops of the image padded by 4, random flips'),
@@ -98,8 +98,8 @@ def training_text(record: Record) -> str:
         ('differs from the paper in', '; '.join(deviations(record)) or 'nothing that the paper states'),
         ('precision', precision(record)),
         ('device', record.get('device')),
-        ('hours', f'{record["seconds"] / 3600:.2f}' + f', of {at_once} runs side by side' * (at_once > 1)
-         if record.get('seconds') else None),
+        ('time', (f'{seconds / 3600:.2f} hours' if seconds > 360 else f'{seconds / 60:.1f} minutes')
+         + f', of {at_once} runs side by side' * (at_once > 1) if seconds else None),
         ('versions', ', '.join(f'{name} {version}' for name, version in versions.items() if version)),
         ('commit', ', '.join(f'`{commit}`' for commit in record.get('commits') or [record.get('commit')] if commit)),
         ('sha256', f'`{record["sha256"]}`'),

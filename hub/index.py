@@ -89,22 +89,33 @@ def index(root: Path = ROOT, namespace: str | None = None) -> dict[str, dict[str
 
 
 def table(entries: dict[str, dict[str, Any]]) -> str:
-    """Markdown: what has weights, a row each, and folded every architecture with its size."""
-    weights = [['weights', 'recipe', 'data', 'test error', 'parameters', 'MACs'], ['---'] * 3 + ['---:'] * 3]
-    for name, entry in entries.items():
-        if 'test_error' in entry:
-            means = TAGS[name.partition('.')[2]]
-            weights.append([f'`{name}`', means.recipe, DATASETS[means.dataset].title, f'{entry["test_error"]:.2f} %',
-                            f'{entry["num_params"]:,}', f'{entry["macs"] / 1e6:,.1f} M'])
-    depths = list(dict.fromkeys(name.partition('_')[0] for name in ARCHITECTURES))
-    sizes = [['nonlocal modules', *(f'{depth}{what}' for depth in depths for what in (', parameters', ', MACs'))],
-             ['---', *['---:'] * (2 * len(depths))]]
-    for rest in dict.fromkeys(name.partition('_')[2] for name in ARCHITECTURES):
-        sizes.append([f'`…_{rest}`' if rest else 'none', *(figure for depth in depths for figure in _size(
-            f'{depth}_{rest}' if rest else depth))])
-    others = [f'`{name}`: {" parameters, ".join(_size(name))} MACs' for name in timm.list_models(module='resnet_nl')]
-    return '\n'.join([*_rows(weights), '', f'<details><summary>All {len(ARCHITECTURES) + len(others)} architectures'
-                      '</summary>', '', *_rows(sizes), '', *others, '', '</details>'])
+    """Markdown: the test errors of what has weights, and folded every architecture with its size.
+
+    A row for each choice of nonlocal modules, as in the paper's tables, and columns for each backbone.
+    """
+    depths, modules = (list(dict.fromkeys(name.partition('_')[part] for name in ARCHITECTURES)) for part in (0, 2))
+    errors = {tuple(name.split('.')): f'{entry["test_error"]:.2f}' for name, entry in entries.items()
+              if 'test_error' in entry}
+    tags = {depth: [tag for tag in TAGS if any((name.partition('_')[0], own) == (depth, tag) for name, own in errors)]
+            for depth in depths}
+    shown = [depth for depth in depths if tags[depth]]
+    weights = [['nonlocal modules', *(f'{depth}{what}' for depth in shown for what in (
+        *(f', {DATASETS[TAGS[tag].dataset].title}, {TAGS[tag].recipe}' for tag in tags[depth]), ', parameters'))]]
+    sizes = [['nonlocal modules', *(f'{depth}{what}' for depth in depths for what in (', parameters', ', MACs'))]]
+    for table in (weights, sizes):
+        table.append(['---', *['---:'] * (len(table[0]) - 1)])
+    for rest in modules:
+        name, own = f'`…_{rest}`' if rest else 'none', {depth: f'{depth}_{rest}' if rest else depth for depth in depths}
+        size = {depth: _size(own[depth]) for depth in depths}
+        found = {depth: [errors.get((own[depth], tag), '') for tag in tags[depth]] for depth in shown}
+        if any(map(any, found.values())):
+            weights.append([name, *(cell for depth in shown for cell in (*found[depth], size[depth][0]))])
+        sizes.append([name, *(figure for depth in depths for figure in size[depth])])
+    others = ', '.join(f'`{name}` ({" parameters, ".join(_size(name))} MACs)'
+                       for name in timm.list_models(module='resnet_nl'))
+    summary = f'All {len(ARCHITECTURES)} names, their parameters and multiply-adds, beside {others}'
+    return '\n'.join([*(_rows(weights) if shown else ['No weights yet.']), '',
+                      f'<details><summary>{summary}</summary>', '', *_rows(sizes), '', '</details>'])
 
 
 def _size(name: str) -> list[str]:

@@ -285,9 +285,10 @@ def test_drift_is_noticed_and_not_published(project: Project, tmp_path: Path) ->
         'error: its card hub/models/preresnet20.cifar10.md is not what the results make it: run python -m hub.cards']
 
 
-def test_hours_that_runs_shared_are_said_to_be() -> None:
+def test_time_that_runs_shared_is_said_to_be() -> None:
     alone, five = (card.training_text(made_up(seconds=7200, at_once=count)) for count in (1, 5))
-    assert '| hours | 2.00 |' in alone and '| hours | 2.00, of 5 runs side by side |' in five
+    assert '| time | 2.00 hours |' in alone and '| time | 2.00 hours, of 5 runs side by side |' in five
+    assert '| time | 1.5 minutes |' in card.training_text(made_up(seconds=90))
 
 
 def test_weights_of_no_recipe_stand_beside_the_runs_of_one() -> None:

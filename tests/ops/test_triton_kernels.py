@@ -44,7 +44,8 @@ def compiled(kernel: Any, tile: Any, width: int, even: bool, **constants: Any) -
         kernel, {name: type_of(name) for name in names},
         {(names.index(name),): value for name, value in constants.items() if name in names},
         {(i,): [['tt.divisibility', 16]] for i in aligned})
-    return triton.compile(source, target=H100, options={'num_warps': warps, 'num_stages': stages})
+    return triton.compile(source, target=H100, options={
+        'num_warps': warps, 'num_stages': stages, 'enable_fp_fusion': kernels.FUSION})
 
 
 @pytest.mark.parametrize(('kernel', 'constants'), [
@@ -65,6 +66,13 @@ def test_compiles_for_hopper(tmp_path: Path, kernel: Any, constants: dict[str, A
     path.write_bytes(binary.asm['cubin'])
     usage = subprocess.run([CUOBJDUMP, '-res-usage', path], capture_output=True, text=True, check=True).stdout
     assert re.search(r'REG:\d+ STACK:0 .*LOCAL:0 ', usage), usage  # no register is spilled
+
+
+def test_exponents_are_rounded_before_their_maximum_is_taken_off() -> None:
+    """As the interpreter does; fused with the product, huge ones gave NaN."""
+    kernel, constants = kernels.apply, dict(FIRST=False, LAST=False, PROPOSED=True)
+    ptx = compiled(kernel, TILES[kernel][64][0], 32, True, **constants).asm['ptx']
+    assert 'ex2.approx' in ptx and 'fma.rn' not in ptx
 
 
 @pytest.mark.parametrize('kernel', TILES, ids=lambda kernel: kernel.fn.__name__)

@@ -76,6 +76,13 @@ def test_a_captured_step_is_the_eager_step(net: str, precision: str) -> None:
     assert not torch.equal(captured['model.conv1.weight'], start['model.conv1.weight'])
 
 
+def test_a_stable_stage_is_trained_without_a_graph() -> None:
+    device, images = torch.device('cuda'), random_images(600, 32, 'cuda')
+    model = Run('preresnet20_nl_proposed_k1', model_kwargs=("nl_args={'symmetric': True, 'stable': True}",)).build()
+    pool = Pool.on(device, [Learner(model.to(device), RECIPE, images)])
+    assert not pool.replay and all(tensor.isfinite().all() for tensor in one_epoch(pool)[0].values())
+
+
 def test_capture_leaves_no_trace() -> None:
     members = learners(['preresnet20', 'preresnet20_nl_proposed_k5'])
     before = [{name: tensor.clone() for name, tensor in member.state().items()} for member in members]
@@ -134,7 +141,7 @@ def test_an_epoch_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize('precision', ['no', 'bf16'])
 @pytest.mark.parametrize('net', NETS[:2])
 def test_a_compiled_and_captured_step_errs_no_more_than_the_eager_one(net: str, precision: str) -> None:
-    """One step, since rounding grows from step to step, against float32 without TF32."""
+    """One step, since rounding grows from step to step, against float32 without TF32; it turns some ReLUs over."""
     def after_a_step(precision: str, graph: bool = False, loss: Any = loss_of) -> dict[str, torch.Tensor]:
         pool = Pool.on(torch.device('cuda'), learners([net], precision, loss), graph)
         pool.learners[0].seek(0)
@@ -144,7 +151,7 @@ def test_a_compiled_and_captured_step_errs_no_more_than_the_eager_one(net: str, 
     with exact_float32(torch.device('cuda')):
         exact = after_a_step('no')
         compiled = difference(after_a_step(precision, True, compiled_loss()), exact)
-        assert compiled < (1e-4 if precision == 'no' else 1.3 * difference(after_a_step(precision), exact))
+        assert compiled < (5e-3 if precision == 'no' else 1.3 * difference(after_a_step(precision), exact))
 
 
 @pytest.mark.parametrize('more', [(), ('--seeds', '0', '1'), ('--no-graph',)], ids=['graph', 'pool', 'eager'])

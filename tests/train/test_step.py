@@ -18,7 +18,7 @@ from tests.support.process import ROOT, run
 from tests.support.training import random_images, same_tensors
 from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe, nearest, recipe_id
 from train.engine.data import Images, batch, epoch_plan
-from train.engine.pool import WARM_UP, CudaGraphs, Pool
+from train.engine.pool import WARM_UP, CudaGraphs, Pool, capturable
 from train.engine.step import Learner, autocast, compiled_loss, loss_of
 from train.records.runs import Run, surroundings
 
@@ -208,6 +208,12 @@ def test_two_processes_share_a_plan_and_its_gradients(monkeypatch: pytest.Monkey
     assert len(lines) == 4, result.stdout  # two processes, two cases
     for error, loss, same_plan in lines:
         assert float(error) < 1e-12 and float(loss) < 1e-6 and same_plan == 'True', lines
+
+
+def test_a_parametrised_weight_keeps_a_network_out_of_graphs() -> None:
+    kwargs = ("nl_args={'symmetric': True, 'stable': True}",)
+    networks = [Run('preresnet20_nl_proposed_k1', model_kwargs=own).build() for own in (kwargs, ())]
+    assert list(map(capturable, networks)) == [False, True]
 
 
 def test_the_commit_without_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

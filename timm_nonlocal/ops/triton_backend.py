@@ -6,16 +6,16 @@ import torch
 import triton
 from torch import Tensor
 
-from .triton_kernels import apply, apply_transposed, close_keys, close_queries
+from .triton_kernels import FUSION, apply, apply_transposed, close_keys, close_queries
 
 __all__ = ['TILES', 'TritonBackend']
 
 # Tiles by the wider of D and C: rows (or columns) that a program owns, those it takes at a step, warps, and stages of
 # software pipelining. The first that fits the GPU's shared memory is used.
 TILES = {
-    apply: {64: [(128, 64, 4, 3), (64, 64, 4, 2)], 128: [(128, 64, 8, 2), (64, 64, 8, 1), (64, 32, 4, 1)]},
-    apply_transposed: {64: [(128, 64, 4, 3), (64, 64, 4, 2)], 128: [(64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 4, 1)]},
-    close_keys: {64: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1), (32, 32, 4, 1)],
+    apply: {64: [(64, 64, 4, 3), (64, 64, 4, 2)], 128: [(128, 64, 8, 2), (64, 64, 8, 1), (64, 32, 4, 1)]},
+    apply_transposed: {64: [(128, 32, 4, 3), (64, 64, 4, 2)], 128: [(64, 64, 8, 2), (64, 64, 8, 1), (64, 32, 4, 1)]},
+    close_keys: {64: [(64, 64, 4, 2), (64, 64, 4, 1), (32, 32, 4, 1)],
                   128: [(64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)]},
     close_queries: {64: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1), (32, 32, 4, 1)],
                      128: [(64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)]},
@@ -101,7 +101,7 @@ class TritonBackend:
                     **arguments, positions=positions, exponent=self.scale * LOG2_E, D=dim, C=self.inner,
                     BLOCK_D=blocks[0], BLOCK_C=blocks[1], OWN=own, STEP=step,
                     EVEN=positions % own == positions % step == 0 and blocks == widths,
-                    num_warps=warps, num_stages=stages)
+                    num_warps=warps, num_stages=stages, enable_fp_fusion=FUSION)
                 _fitting[case] = index
                 return
             except triton.OutOfResources:

@@ -4,7 +4,8 @@ As in FlashAttention (Dao et al., 2022; Dao, 2023), a tile of A is made from Q, 
 needed: pᵢⱼ = 2^(s log₂e qᵢ·kⱼ - row_maxᵢ) and Aᵢⱼ = pᵢⱼ / row_sumᵢ. Here row_maxᵢ is the row's largest exponent,
 rounded up to a whole number: since rescaling by a power of two commutes with rounding, row_sumᵢ is the sum of just
 those rounded pᵢⱼ that every A G uses, and the rows of A sum to one in float32. The way back takes A at once, from
-lse = row_max + log₂ row_sum.
+lse = row_max + log₂ row_sum. Exponents are rounded before row_max is taken off (`FUSION`): a fused multiply-add would
+take it off the exact product, from which a huge row_max, itself rounded, differs by thousands, and p would be 0 or ∞.
 
 Each kernel ends with what the next one starts from (G of the next sub-block, dH of the one before), which depends on
 no rows but its own. k sub-blocks take k kernels forward and k + 1 backward.
@@ -19,7 +20,9 @@ of elements from one row to the next; images follow each other without a gap.
 import triton
 import triton.language as tl
 
-__all__ = ['apply', 'apply_transposed', 'close_keys', 'close_queries']
+__all__ = ['FUSION', 'apply', 'apply_transposed', 'close_keys', 'close_queries']
+
+FUSION = False  # `enable_fp_fusion` of every launch
 
 
 @triton.jit
@@ -43,8 +46,7 @@ def _store(pointer, tile, rows, ld, positions, columns, width, EVEN: tl.constexp
 
 @triton.jit
 def _affinity(s, most):
-    """p or A from the exponents and row_max or lse, at most 1: where they are huge, rounding once in the product and
-    the difference together, or in another order of adding up, makes more than 1 of the same exponent."""
+    """p or A from exponents and row_max or lse, at most 1: two orders of adding up a huge one differ by more than 1."""
     return tl.exp2(tl.minimum(s - most, 0.0))
 
 
@@ -85,7 +87,7 @@ def apply(
             s = tl.where(columns[None, :] < positions, s, float('-inf'))
         if FIRST:
             higher = tl.maximum(row_max, tl.ceil(tl.max(s, 1)))
-            p = _affinity(s, higher[:, None]).to(q.dtype)
+            p = tl.exp2(s - higher[:, None]).to(q.dtype)
             shrink = tl.exp2(row_max - higher)
             row_sum = row_sum * shrink + tl.sum(p.to(tl.float32), 1)
             total = total * shrink[:, None]

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from train.engine.step import Learner
 
-__all__ = ['WARM_UP', 'CudaGraphs', 'Pool']
+__all__ = ['WARM_UP', 'CudaGraphs', 'Pool', 'capturable']
 
 WARM_UP = 3  # steps in front of a capture: libraries choose algorithms and allocate workspaces in the first ones
 AHEAD = 64  # steps after which the host waits for the device to come near, so that a stop or a deadline is seen in time
@@ -64,6 +66,11 @@ class CudaGraphs:
         return graph.replay
 
 
+def capturable(model: nn.Module) -> bool:
+    """Whether no weight is made by a parametrisation, such as a stable stage's, whose linear algebra waits."""
+    return not any(map(is_parametrized, model.modules()))
+
+
 class Pool:
     """Learners that take every step together.
 
@@ -85,8 +92,9 @@ class Pool:
 
     @classmethod
     def on(cls, device: torch.device, learners: list[Learner], graph: bool = True) -> 'Pool':
-        """A pool with graphs where the device has them and they are wanted."""
-        return cls(learners, CudaGraphs(device, len(learners)) if graph and device.type == 'cuda' else None)
+        """A pool with graphs where the device has them, the networks allow them and they are wanted."""
+        graph = graph and device.type == 'cuda' and all(capturable(learner.bare) for learner in learners)
+        return cls(learners, CudaGraphs(device, len(learners)) if graph else None)
 
     @property
     def sizes(self) -> list[int]:
