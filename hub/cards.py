@@ -99,14 +99,16 @@ def tables_text(records: list[Record], files: list[Shipped]) -> str:
     """Both tables for every recipe, with what is counted in them."""
     others = sum(all(deviations(record, name) for name in RECIPES)
                  and bool(deviations(record, 'short', RATES.get(record['architecture']))) for record in records)
-    precisions = '; '.join(f'{count} in {name}' for name, count in Counter(map(precision, records)).items())
+    computed = '; '.join(
+        [f'{count} in {name}' for name, count in Counter(map(precision, records)).items()]
+        + [f'{count} on {name}' for name, count in Counter(record.get('device') for record in records).items() if name])
     return '\n\n'.join([
         'Test errors in per cent after the last epoch; n is the number of runs that followed the recipe: the paper’s; '
         '`ft`, which inserts the nonlocal modules as the identity into the trained backbone and anneals both, its '
         'baseline the backbone annealed in the same way; `short`, the paper’s in a tenth of its length. A run that '
         'diverged has no final error and is counted apart. Runs in '
-        f'`hub/results.jsonl` that followed none of them, and are not counted: {others}. The paper does not say '
-        f'in which precision it computes. Runs of ours: {precisions or "none"}.',
+        f'`hub/results.jsonl` of other networks or recipes, which are in none of these tables: {others}. The paper '
+        f'does not say in which precision it computes. Runs of ours: {computed or "none"}.',
         *(table_text(table, records, files, recipe) for recipe in ('paper', 'ft') for table in paper.TABLES),
         table_text(paper.TABLES[0], records, files, 'short')])
 

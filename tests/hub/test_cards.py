@@ -163,13 +163,13 @@ def test_median_and_range() -> None:
 
 def test_a_table_shows_what_is_measured_and_counts_the_rest() -> None:
     runs = [made_up(seed=seed, error=error) for seed, error in enumerate((8.4, 8.0, 8.1))]
-    text = cards.tables_text([*runs, made_up('preresnet56', limit=9, mixed_precision='bf16')], [])
+    text = cards.tables_text([*runs, made_up('preresnet56', limit=9, mixed_precision='bf16', device='GPU X')], [])
     lines = text.splitlines()
     assert '| baseline | 8.19 | 8.10 | 3 | 8.00–8.40 | none |' in lines
     waiting = [line for line in lines if line.endswith('rows wait for runs.')]
     assert [line.partition(' ')[0] for line in waiting] == ['11', '9', '12', '9', '14'] and 'missing' not in text
-    assert 'and are not counted: 1.' in lines[0] and lines[0].endswith(
-        'Runs of ours: 3 in float32; 1 in bfloat16 autocast, float32 weights.')
+    assert 'in none of these tables: 1.' in lines[0] and lines[0].endswith(
+        'Runs of ours: 3 in float32; 1 in bfloat16 autocast, float32 weights; 1 on GPU X.')
 
 
 def test_what_is_written_outside_the_markers_stays() -> None:
