@@ -95,9 +95,9 @@ def test_four_original_blocks_are_shown_at_both_learning_rates() -> None:
     assert '\n| original, k = 4 | 15.02 | 40.00 | 1 | 40.00–40.00 | none |\n' \
            '| original, k = 4, learning rate 0.1 | not reported | 60.00 | 1 | 60.00–60.00 | none |\n' in text
     assert text.endswith('12 of 14 rows wait for runs.')
-    assert 'and are not counted: 0.' in cards.tables_text([tenth, full], [])
+    assert 'in none of these tables: 0.' in cards.tables_text([tenth, full], [])
     said = cards.tables_text([made_up(other, recipe=tenth['recipe']) for other in ('preresnet20', f'{name[:-1]}2')], [])
-    assert 'and are not counted: 1.' in said, 'only the baseline has a row of that rate'
+    assert 'in none of these tables: 1.' in said, 'only the baseline has a row of that rate'
     assert '| baseline, learning rate 0.01 | not reported | 8.00 | 1 | 8.00–8.00 | none |' in said
     for recipe in ('paper', 'ft'):
         assert 'learning rate' not in cards.table_text(table, [made_up(name, recipe=PAPER.to_dict())], [], recipe)

@@ -114,7 +114,7 @@ def test_filters_and_top(inspect: Command) -> None:
     stages = document['targets'][0]['stages']
     assert [stage['name'] for stage in stages] == ['layer2.nl', 'layer3.nl']
     assert all(block['top_k'] == 5 for stage in stages for block in stage['blocks'])
-    document = json.loads(inspect('preresnet20_nl_original_k3', '--block', '1', '--all', '--json')[1])
+    document = json.loads(inspect('preresnet20_nl_original_k3.cifar100', '--block', '1', '--all', '--json')[1])
     (block,) = document['targets'][0]['stages'][0]['blocks']
     assert (block['index'], block['top_k'], block['neg_top'], block['flags']) == (1, 64, 32, ['untrained'])
 
@@ -125,7 +125,7 @@ def test_list(inspect: Command, weights: tuple[Path, list[Spectrum]]) -> None:
 
 
 def test_several_targets_and_epochs(inspect: Command, weights: tuple[Path, list[Spectrum]], tmp_path: Path) -> None:
-    code, out, _ = inspect(weights[0], 'preresnet20_nl_original_k1', '-q')
+    code, out, _ = inspect(weights[0], 'preresnet20_nl_original_k1.cifar100', '-q')
     assert code == 0 and out.count('layer1.nl:') == 2 and 'untrained: freshly initialised' in out
 
 
