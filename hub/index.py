@@ -94,20 +94,19 @@ def table(entries: dict[str, dict[str, Any]]) -> str:
     A row for each choice of nonlocal modules, as in the paper's tables, and columns for each backbone.
     """
     depths, modules = (list(dict.fromkeys(name.partition('_')[part] for name in ARCHITECTURES)) for part in (0, 2))
-    errors = {tuple(name.split('.')): f'{entry["test_error"]:.2f}' for name, entry in entries.items()
-              if 'test_error' in entry}
-    tags = {depth: [tag for tag in TAGS if any((name.partition('_')[0], own) == (depth, tag) for name, own in errors)]
-            for depth in depths}
+    errors = {name: f'{entry["test_error"]:.2f}' for name, entry in entries.items() if 'test_error' in entry}
+    trained = {(name.partition('_')[0].partition('.')[0], name.partition('.')[2]) for name in errors}
+    tags = {depth: [tag for tag in TAGS if (depth, tag) in trained] for depth in depths}
     shown = [depth for depth in depths if tags[depth]]
     weights = [['nonlocal modules', *(f'{depth}{what}' for depth in shown for what in (
         *(f', {DATASETS[TAGS[tag].dataset].title}, {TAGS[tag].recipe}' for tag in tags[depth]), ', parameters'))]]
     sizes = [['nonlocal modules', *(f'{depth}{what}' for depth in depths for what in (', parameters', ', MACs'))]]
-    for table in (weights, sizes):
-        table.append(['---', *['---:'] * (len(table[0]) - 1)])
+    for rows in (weights, sizes):
+        rows.append(['---', *['---:'] * (len(rows[0]) - 1)])
     for rest in modules:
         name, own = f'`…_{rest}`' if rest else 'none', {depth: f'{depth}_{rest}' if rest else depth for depth in depths}
         size = {depth: _size(own[depth]) for depth in depths}
-        found = {depth: [errors.get((own[depth], tag), '') for tag in tags[depth]] for depth in shown}
+        found = {depth: [errors.get(f'{own[depth]}.{tag}', '') for tag in tags[depth]] for depth in shown}
         if any(map(any, found.values())):
             weights.append([name, *(cell for depth in shown for cell in (*found[depth], size[depth][0]))])
         sizes.append([name, *(figure for depth in depths for figure in size[depth])])
