@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.document import render
 from benchmarks.stage.measure import milliseconds
-from benchmarks.train_report import TARGETS, table
+from benchmarks.train_report import STABLE, TARGETS, table
 from timm_nonlocal.files import write_text
 from timm_nonlocal.recipes import PAPER, Recipe
 from train.engine.data import Images, frame, whole_plan
@@ -47,6 +47,7 @@ class Case:
     graph: bool = True
     compile: bool = False
     seeds: int = 1
+    nl_args: tuple[str, ...] = ()  # switches of the nonlocal modules
 
     @property
     def mode(self) -> str:
@@ -60,7 +61,8 @@ def cases(device: torch.device) -> list[Case]:
         return [Case('preresnet20', 'no', False, seeds=seeds) for seeds in (1, 2)]
     small, stage, *large = TARGETS
     return [
-        *(Case(model) for model in TARGETS), *(Case(model, compile=True) for model in (small, stage)),
+        *(Case(model) for model in TARGETS), *(Case(stage, nl_args=nl_args) for nl_args in STABLE),
+        *(Case(model, compile=True) for model in (small, stage)),
         *(Case(model, seeds=seeds) for seeds in (5, 3) for model in (small, stage)),
         *(Case(model, precision, graph=False) for model in TARGETS for precision in ('bf16', 'no')),
         *(Case(model, compile=True) for model in large), *(Case(small, compile=True, seeds=seeds) for seeds in (5, 3)),
@@ -91,7 +93,8 @@ def make_pool(case: Case, images: Images, recipe: Recipe) -> Pool:
     loss = compiled_loss() if case.compile else loss_of
     layout = torch.contiguous_format if case.mode == 'eager float32' else torch.channels_last
     for seed in range(case.seeds):
-        model = Run(case.model, seed=seed).build().to(device).to(memory_format=layout)
+        kwargs = (f'nl_args={dict.fromkeys(case.nl_args, True)}',) if case.nl_args else ()
+        model = Run(case.model, seed=seed, model_kwargs=kwargs).build().to(device).to(memory_format=layout)
         learners.append(Learner(model, recipe, images, seed, autocast=autocast(device, case.mixed_precision),
                                 loss_of=loss))
     return Pool.on(device, learners, case.graph)

@@ -57,6 +57,9 @@ def test_a_case_that_fails_and_the_end_of_time_cost_nothing_else(tmp_path: Path,
 def test_the_report_holds_figures_against_floors_and_goals() -> None:
     steps = [row(), row(mode='compile + graph bf16', ms=0.5), row(seeds=5, ms=1.85), row('preresnet56', ms=1.8)]
     epochs = [{'model': 'preresnet20', 'wall_seconds': 0.35, 'share': 0.94}]
+    stage = 'preresnet20_nl_proposed_k5'
+    steps += [{**row(stage, ms=ms), 'nl_args': nl_args} for nl_args, ms in (
+        (['symmetric'], 3.5), (['symmetric', 'stable'], 3.64), ([], 3.0))]
     kernels = [{'model': 'preresnet20', 'kernels_per_step': 300.0, 'busy': 0.97,
                 'longest': [{'name': 'wgrad', 'us_per_step': 50.0, 'per_step': 10.0}]}]
     record = {**GPU, 'steps': steps, 'epochs': epochs, 'kernels': kernels}
@@ -64,6 +67,8 @@ def test_the_report_holds_figures_against_floors_and_goals() -> None:
     for line in ('| step of preresnet20 on a GPU, compile + graph bf16 | ≤ 0.84 ms | 0.500 ms | GPU X |',
                  '| step of preresnet20 on a GPU, 5 seeds, graph bf16 | ≤ 4 × one seed '
                  '| 1.850 ms, 2.50 × one seed | GPU X |',
+                 f'| step of {stage} on a GPU, graph bf16 | ≤ 2.0 ms | 3.000 ms | GPU X |',
+                 '| step with stable=True over one without, on a GPU | ≤ 1.05 × | 1.040 × | GPU X |',
                  '| share of an epoch that steps and test take | > 90 % | 94 % | GPU X |'):
         assert line in lines
     assert 'step of preresnet56_nl_proposed_k5 on a GPU (≤ 3.5 ms)' in lines[-1]

@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrize import remove_parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_nonlocal import NonlocalStage, insert, spectrum
 from timm_nonlocal.analysis.dynamics import stationary
@@ -14,7 +17,7 @@ from timm_nonlocal.analysis.recorder import trajectory
 from timm_nonlocal.analysis.spectra import block_weights, measure
 from timm_nonlocal.analysis.stability import stability
 from timm_nonlocal.checkpoints.layouts import find
-from timm_nonlocal.layers.stable import contraction
+from timm_nonlocal.layers.stable import contraction, made_together, orthonormal
 from timm_nonlocal.models.preresnet import PreResNet
 
 C, INNER = 16, 8
@@ -22,6 +25,13 @@ C, INNER = 16, 8
 
 def stage(k: int = 3, **options: Any) -> NonlocalStage:
     return NonlocalStage(C, k, symmetric=True, stable=True, **options)
+
+
+def scatter(module: NonlocalStage, spread: float = 1.0) -> None:
+    """Random parameters of all sub-blocks."""
+    for name, parameter in module.named_parameters():
+        if 'sub_blocks' in name:
+            torch.nn.init.normal_(parameter, std=spread)
 
 
 def excess(module: NonlocalStage) -> float:
@@ -45,10 +55,7 @@ def kappas(module: NonlocalStage) -> list[float]:
 def test_no_values_of_the_parameters_break_the_bound(magnitude: float, seed: int) -> None:
     torch.manual_seed(seed)
     module = stage(2)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if 'sub_blocks' in name:
-                parameter.copy_(10 ** magnitude * torch.randn_like(parameter))
+    scatter(module, 10 ** magnitude)
     assert max(kappas(module)) <= 1 + 1e-6
 
 
@@ -79,8 +86,97 @@ def test_every_such_weight_can_be_represented() -> None:
 
 def test_contraction_leaves_small_matrices_and_takes_huge_ones() -> None:
     small = torch.randn(INNER, INNER) / 100
-    assert torch.equal(contraction(small), small)
+    assert torch.equal(contraction(small), small) and not contraction(torch.zeros(3, 3)).any()
+    assert torch.equal(contraction(torch.eye(INNER)), torch.eye(INNER))  # the identity stage stays it, to the bit
     assert torch.linalg.matrix_norm(contraction(1e30 * torch.randn(INNER, INNER)), 2) <= 1 + 1e-6
+    ties = torch.zeros(4, 4, requires_grad=True)
+    contraction(ties).sum().backward()
+    assert ties.grad is not None and torch.equal(ties.grad, torch.ones(4, 4))
+
+
+@given(st.integers(1, 40), st.floats(-8, 0), st.integers(0, 10 ** 6))
+@settings(max_examples=40, deadline=None)
+def test_contraction_divides_by_the_spectral_norm(n: int, gap: float, seed: int) -> None:
+    """And has its derivative, however near the largest singular values are to each other."""
+    torch.manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q for _ in range(2))
+    values = 3 - 10 ** gap * torch.rand(n, dtype=torch.float64)
+    ours = (u @ values.diag() @ v).requires_grad_()
+    exact, direction = ours.detach().clone().requires_grad_(), torch.randn(n, n, dtype=torch.float64)
+    found, expected = contraction(ours), exact / torch.linalg.matrix_norm(exact, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    apart = values.topk(min(n, 2)).values.diff().abs().sum()
+    if n == 1 or apart > 1e-5:
+        found, expected = (torch.autograd.grad((output * direction).sum(), source)[0]
+                           for output, source in ((found, ours), (expected, exact)))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_contraction_has_all_derivatives() -> None:
+    s = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert (torch.linalg.matrix_norm(s, 2) > 1).all()
+    assert torch.autograd.gradcheck(contraction, s, check_batched_grad=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(contraction, s)
+    hessian = torch.func.hessian(lambda s: contraction(s)[..., 0].square().sum())
+    again = torch.autograd.functional.hessian(lambda s: contraction(s)[..., 0].square().sum(), s)
+    torch.testing.assert_close(hessian(s), again)
+    torch.testing.assert_close(torch.func.vmap(contraction)(s), contraction(s))
+
+
+@pytest.mark.parametrize('shape', [(8, 16), (5, 5), (9, 4)])
+def test_the_orthonormal_factor_is_torchs(shape: tuple[int, int]) -> None:
+    """Of one matrix as `orthogonal` makes it by Cayley's map, its derivative too, and of several at once."""
+    layer: Any = orthogonal(torch.nn.Linear(*shape[::-1], bias=False).double(), orthogonal_map='cayley')
+    original, basis = layer.parametrizations.weight.original, layer.parametrizations.weight[0].base
+    torch.nn.init.normal_(original)
+    x, direction = original.detach().clone().requires_grad_(), torch.randn(shape, dtype=torch.float64)
+    ours, theirs = orthonormal(x, basis), layer.weight
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad((ours * direction).sum(), x),
+                               torch.autograd.grad((theirs * direction).sum(), original))
+    torch.testing.assert_close(orthonormal(torch.stack([x, -x]), torch.stack([basis, basis]))[0], ours)
+
+
+class Asked(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(op.overloadpacket.__name__)
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize('k', [1, 3])
+def test_nothing_waits_for_the_device(k: int) -> None:
+    """Neither forwards nor backwards: no error is looked for, no number read, nothing repeated until it suffices."""
+    waiting = {'_linalg_check_errors', '_linalg_svd', '_linalg_eigh', 'linalg_qr', '_local_scalar_dense', 'nonzero'}
+    module, x = stage(k), torch.randn(2, C, 4, 4)
+    with Asked() as asked:
+        module(x).sum().backward()
+    assert '_linalg_solve_ex' in asked.names and not asked.names & waiting
+    with Asked() as asked:
+        torch.linalg.solve(torch.eye(2), torch.eye(2)), torch.linalg.matrix_norm(torch.eye(2), 2)
+    assert len(asked.names & waiting) == 2
+
+
+def test_made_together_or_alone() -> None:
+    """All sub-blocks' weights at once are those of each layer; where one is no longer stable each is asked alone."""
+    module, x = stage(3), torch.randn(2, C, 4, 4)
+    scatter(module)
+    layers = [(block.g, block.z) for block in module.sub_blocks]
+    together = made_together(layers)
+    assert together is not None
+    for name, weights in zip(('g', 'z'), together, strict=True):
+        torch.testing.assert_close(weights, [getattr(block, name).weight for block in module.sub_blocks])
+    before = module(x)
+    remove_parametrizations(module.sub_blocks[1].z, 'weight')
+    assert made_together(layers) is None
+    torch.testing.assert_close(module(x), before)
+    other = stage(3)
+    assert made_together([(g, other.sub_blocks[0].z) for g, _ in layers]) is None
 
 
 @pytest.mark.parametrize('affinity', ['embedded_gaussian', 'gaussian', 'positive_dot_product', 'uniform', 'identity'])
@@ -191,3 +287,20 @@ def test_made_under_autocast_and_on_meta() -> None:
     filled = empty.to_empty(device='cpu')
     filled.load_state_dict(module.state_dict())
     assert torch.equal(filled(x), module(x))
+
+
+@pytest.mark.parametrize('inner_dim', [C, 2 * C])
+def test_as_wide_inside_as_outside_and_wider(inner_dim: int) -> None:
+    module = stage(2, inner_dim=inner_dim)
+    scatter(module)
+    assert max(kappas(module)) <= 1 + 1e-6 and excess(module) < 1e-5
+    empty = stage(2, inner_dim=inner_dim, device='meta').to_empty(device='cpu')
+    empty.load_state_dict(module.state_dict())
+    x = torch.randn(2, C, 4, 4)
+    assert torch.equal(empty(x), module(x))
+
+
+def test_a_weight_without_full_rank_has_an_orthonormal_factor_too() -> None:
+    block = stage(1, init='zero').sub_blocks[0]
+    block.g.weight = torch.zeros(INNER, C)
+    torch.testing.assert_close(block.g.weight @ block.g.weight.mT, torch.eye(INNER))

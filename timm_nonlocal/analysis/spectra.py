@@ -233,8 +233,8 @@ def block_weights(block: Block, tensors: Mapping[str, Tensor], eps: float = BN_E
         whole: Any = getattr(tensor, 'full_tensor', None)  # of a DTensor, whose import takes a second
         return (whole() if whole else tensor).to_dense().cpu().double()
 
-    if block.base:
-        w_g, w_z = stable_weights(wide(block.w_g), wide(block.base), wide(block.w_z))
+    if block.basis:
+        w_g, w_z = stable_weights(wide(block.w_g), wide(block.basis), wide(block.w_z))
     else:
         w_z, w_g = (weight.weight({name: wide(name) for name in weight.names}) for weight in (block.z, block.g))
     factor = w_z.new_ones(w_z.shape[0])
@@ -256,7 +256,7 @@ def measure(block: Block, tensors: Mapping[str, Tensor], top: int | None = TOP, 
     def record(w_z: Tensor) -> Spectrum:
         found = Spectrum(**identity, C=channels, C_inner=inner, folded=False,
                          method='reduced' if 2 * inner < channels else 'dense', **numbers(w_z, w_g, top))
-        return found.with_flag('stable') if block.base else found
+        return found.with_flag('stable') if block.basis else found
 
     if fold and (block.norm or block.scale):
         return replace(record(factor[:, None] * w_z), folded=True, raw=record(w_z))

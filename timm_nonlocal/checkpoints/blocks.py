@@ -23,7 +23,7 @@ class Block:
         g, z: how W_g and W_Z are stored.
         norm: prefix of a batch norm after W_Z, with running statistics.
         scale: a number that multiplies the block's output.
-        base: of the orthonormal W_g where the block is stable by construction (`layers.stable`); then w_g and w_z are
+        basis: of the orthonormal W_g where the block is stable by construction (`layers.stable`); then w_g and w_z are
             what both are made from, (C', C) and (C', C').
         w_g, w_z: the names of the tensors of their shapes, (C', C[, 1…]) and (C, C'[, 1…]).
     """
@@ -54,7 +54,7 @@ class Block:
         return self.z.names[0]
 
     @property
-    def base(self) -> str | None:
+    def basis(self) -> str | None:
         return self.g.names[1] if self.g.form == STABLE[0] else None
 
     @property

@@ -247,8 +247,9 @@ def _misfit(block: Block, view: Mapping[str, Shape | None]) -> str | None:
     for weight in (block.g, block.z):
         if not weight.fits(view):
             return f'{", ".join(weight.names)}: these shapes do not make one weight: left out'
-    if block.base:
-        return '' if (view[block.base], z) == ((g[1], g[1]), (g[0], g[0])) else f'{pair}: no stable block: left out'
+    if block.basis:
+        fits = (view[block.basis], z) == ((max(g),) * 2, (g[0],) * 2)
+        return '' if fits else f'{pair}: no stable block: left out'
     if g[1::-1] != z[:2]:
         return f'{pair}: W_Z has not the shape of W_g\'s transpose: left out'
     if block.scale and (own := view[block.scale]) is not None and math.prod(own) not in (1, z[0]):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..layers.stable import BASE
+from ..layers.stable import BASIS
 
 __all__ = ['PLAIN', 'STABLE', 'Stored', 'own_weight']
 
 _P = 'parametrizations.weight'
 PLAIN = ('weight',)
-STABLE = ((f'{_P}.original', BASE), (f'{_P}.original',))  # of W_g and W_Z, which `layers.stable` makes together
+STABLE = ((f'{_P}.original', BASIS), (f'{_P}.original',))  # of W_g and W_Z, which `layers.stable` makes together
 _HARMLESS = re.compile(r'bias(?:_\w+)?|parametrizations\.bias\..*|sv0|_extra_state')
 _WEIGHT = re.compile(  # of all names below a module those that say that it has a weight of its own
     r'\w*weight\w*(?:\..*)?|parametrizations\.weight\..*|lora_\w+(?:\..*)?|zero_point|_packed_params.*|'

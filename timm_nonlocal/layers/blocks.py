@@ -20,7 +20,7 @@ from ..ops.stage import nonlocal_stage
 from .affinity import BUILT_IN, affinity_class
 from .maps import INITS, SubBlock, half, linear, positive
 from .plain import global_hooks, hooked, is_plain, only_tensor_code, transforming
-from .stable import make_stable
+from .stable import made_together, make_stable
 
 __all__ = ['INITS', 'KINDS', 'NonlocalBlock', 'NonlocalBlocks', 'NonlocalStage', 'SubBlock']
 
@@ -275,6 +275,15 @@ class NonlocalStage(_Nonlocal):
             z = z + sub_block(self.affinity.difference(a, z))  # eq. (8)
         return z - x
 
+    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """W_gⁿ, k of (C', C), and W_Zⁿ, k of (C, C')."""
+        if not torch.jit.is_scripting():
+            made = made_together([(sub_block.g, sub_block.z) for sub_block in self.sub_blocks])
+            if made is not None:
+                return made
+        w_g = [sub_block.g.weight for sub_block in self.sub_blocks]
+        return w_g, [sub_block.z.weight for sub_block in self.sub_blocks]
+
     def _merged(self, x: Tensor) -> Tensor:
         """Zᵏ - X with A applied to C' channels: A acts on positions and W on channels, so the two commute.
 
@@ -282,8 +291,7 @@ class NonlocalStage(_Nonlocal):
         """
         q, k = self.embed(x)
         a, right = self.affinity.operator(q, k)
-        w_g = [sub_block.g.weight for sub_block in self.sub_blocks]  # k of (C', C)
-        w_z = [sub_block.z.weight for sub_block in self.sub_blocks]  # k of (C, C')
+        w_g, w_z = self._weights()
         wide, inner = F.linear(x, torch.cat(w_g)), w_g[0].shape[0]
         g = [wide.narrow(-1, m * inner, inner) for m in range(len(w_g))]  # X W_gᵐᵀ for all m, k of (B, M, C')
         h = []
@@ -295,7 +303,7 @@ class NonlocalStage(_Nonlocal):
 
     def _fused(self, x: Tensor, backend: Optional[str] = None) -> Tensor:
         """Zᵏ as `_merged` has it, by one operator that keeps no A for the backward pass."""
-        w_g, w_z = ([getattr(sub_block, name).weight for sub_block in self.sub_blocks] for name in ('g', 'z'))
+        w_g, w_z = self._weights()
         return nonlocal_stage(x, self.embedding_weights(), w_g, w_z, scale=self.affinity.scale,
                               recompute=self.recompute, backend=backend)
 

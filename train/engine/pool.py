@@ -5,17 +5,16 @@ share the device. Nothing else changes: a learner computes in a pool what it com
 """
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from train.engine.step import Learner
 
-__all__ = ['WARM_UP', 'CudaGraphs', 'Pool', 'capturable']
+__all__ = ['WARM_UP', 'CudaGraphs', 'Pool']
 
 WARM_UP = 3  # steps in front of a capture: libraries choose algorithms and allocate workspaces in the first ones
 AHEAD = 64  # steps after which the host waits for the device to come near, so that a stop or a deadline is seen in time
@@ -66,17 +65,12 @@ class CudaGraphs:
         return graph.replay
 
 
-def capturable(model: nn.Module) -> bool:
-    """Whether no weight is made by a parametrisation, such as a stable stage's, whose linear algebra waits."""
-    return not any(map(is_parametrized, model.modules()))
-
-
 class Pool:
     """Learners that take every step together.
 
     Args:
         learners: on one device, with the same number of images and the same batch size.
-        graphs: captures the steps; None runs them one learner after the other.
+        graphs: captures the steps, where they can be; None runs them one learner after the other.
     """
 
     def __init__(self, learners: list[Learner], graphs: CudaGraphs | None = None):
@@ -92,9 +86,8 @@ class Pool:
 
     @classmethod
     def on(cls, device: torch.device, learners: list[Learner], graph: bool = True) -> 'Pool':
-        """A pool with graphs where the device has them, the networks allow them and they are wanted."""
-        graph = graph and device.type == 'cuda' and all(capturable(learner.bare) for learner in learners)
-        return cls(learners, CudaGraphs(device, len(learners)) if graph else None)
+        """A pool with graphs where the device has them and they are wanted."""
+        return cls(learners, CudaGraphs(device, len(learners)) if graph and device.type == 'cuda' else None)
 
     @property
     def sizes(self) -> list[int]:
@@ -115,7 +108,7 @@ class Pool:
                 learner.step(size)
 
     def _capture(self, graphs: CudaGraphs) -> None:
-        """One graph for each batch size. Leaves no trace in the learners."""
+        """One graph for each batch size; none where something in a step waits for the device. Leaves no trace."""
         before = [{name: tensor.clone() for name, tensor in learner.state().items()} for learner in self.learners]
         cursors = [learner.cursor.clone() for learner in self.learners]
 
@@ -128,8 +121,10 @@ class Pool:
                     for learner in self.learners:
                         learner.cursor.zero_()
                     side_by_side(size)
-        for size in self.sizes:
-            self.replay[size] = graphs.capture(partial(side_by_side, size))
+        try:
+            self.replay = {size: graphs.capture(partial(side_by_side, size)) for size in self.sizes}
+        except RuntimeError as error:
+            warnings.warn(f'steps run kernel by kernel, in no CUDA graph: {str(error).splitlines()[0]}', stacklevel=2)
         for learner, state, cursor in zip(self.learners, before, cursors, strict=True):
             learner.load_state(state)
             learner.cursor.copy_(cursor)
