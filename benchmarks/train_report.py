@@ -37,14 +37,15 @@ def table(record: dict[str, Any]) -> str:
     """A line a case, with the ratio to the floor and, for several seeds, to one seed."""
     alone = {(_network(row), row['mode']): row['ms'] for row in record['steps'] if row['seeds'] == 1}
     width = max([28, *(len(_network(row)) for row in record['steps'])])
-    lines = [f'{"network":<{width}} {"mode":<22} {"seeds":>5} {"ms a step":>9} {"× floor":>7} {"× one":>6} {"images/s":>9}']
+    lines = [f'{"network":<{width}} {"mode":<22} {"seeds":>5} {"ms a step":>9} {"× floor":>7} {"× one":>6} '
+             f'{"images/s":>9}']
     for row in record['steps']:
         target = TARGETS.get(row['model']) if record['versions']['cuda'] else None
         ratio = f'{row["ms"] / target.floor:.2f}' if target and row['seeds'] == 1 else '-'
         one = alone.get((_network(row), row['mode']))
         more = f'{row["ms"] / one:.2f}' if one and row['seeds'] > 1 else '-'
-        lines.append(f'{_network(row):<{width}} {row["mode"]:<22} {row["seeds"]:>5} {row["ms"]:>9.3f} {ratio:>7} {more:>6} '
-                     f'{row["images_per_second"]:>9.0f}')
+        lines.append(f'{_network(row):<{width}} {row["mode"]:<22} {row["seeds"]:>5} {row["ms"]:>9.3f} {ratio:>7} '
+                     f'{more:>6} {row["images_per_second"]:>9.0f}')
     for row in record['epochs']:
         lines.append(f'{row["model"]}: an epoch takes {row["wall_seconds"]:.3f} s, steps and test {row["share"]:.0%}')
     for row in record['kernels']:
