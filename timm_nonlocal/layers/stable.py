@@ -175,8 +175,8 @@ def _is_tall(weight: Tensor) -> bool:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float64, or in float32 on Apple's GPUs, which have no more."""
-    return tensor.to(torch.float32 if tensor.device.type == 'mps' else torch.float64)
+    """In float64, or in float32 on accelerators that may have no more, such as Apple's."""
+    return tensor.to(torch.float64 if tensor.device.type in ('cpu', 'cuda', 'meta') else torch.float32)
 
 
 def _maps(layer: nn.Linear) -> Any:
