@@ -49,11 +49,12 @@ class SpectralNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, s: Tensor) -> Tensor:
-        p = s.mT @ s
-        for _ in range(SQUARINGS):
-            p = _over_trace(p)
+        p = _over_trace(s.mT @ s)
+        for _ in range(SQUARINGS // 3):
             p = p @ p
-        sp = s @ _over_trace(p)
+            p = p @ p
+            p = _over_trace(p @ p)  # which is n⁻⁷ or more
+        sp = s @ p
         norm = (sp * s).sum((-2, -1), keepdim=True).sqrt()
         ctx.save_for_backward(s, sp / norm.clamp_min(torch.finfo(s.dtype).tiny))
         return norm
