@@ -115,14 +115,28 @@ def tables_text(records: list[Record], files: list[Shipped]) -> str:
 
 def depth_text(records: list[Record]) -> str:
     """The backbone of the depth that another way to count layers gives, beside the paper's baseline."""
-    table = paper.TABLES[0]
+    theirs, said = paper.BASELINE.error, list[str]()
     lines = ['| depth | our error, % | n | the paper’s baseline, % |', '| --- | --- | --- | --- |']
     for label, model_kwargs in (('20 = 9n + 2, as registered', ()), ('29 = 9n + 2, counted another way', DEPTH)):
-        found = counted(records, paper.BASELINE.architecture, table.dataset, model_kwargs=model_kwargs)
+        found = counted(records, paper.BASELINE.architecture, paper.TABLES[0].dataset, model_kwargs=model_kwargs)
         ours = summary(found.finished)
         error = f'{ours.median:.2f}' if ours else 'none' if found.diverged else 'waits for its run'
-        lines.append(f'| {label} | {error} | {found.n} | {paper.BASELINE.error:.2f} |')
-    return '\n'.join(lines)
+        lines.append(f'| {label} | {error} | {found.n} | {theirs:.2f} |')
+        if ours:
+            said += ['', difference_text(f'Depth {label[:2]} beside the paper’s', theirs, ours.median,
+                                         int(len(found.finished) == 1))]
+    return '\n'.join(lines + said)
+
+
+def difference_text(what: str, less: float, more: float, alone: int) -> str:
+    """By how much the second error is higher, in percentage points; where `alone` of the two, 1 or 2, are a single
+    run's, beside what chance gives; 0 compares medians."""
+    share = (less + more) / 200
+    spread = 200 * math.sqrt(alone * share * (1 - share) / TEST_IMAGES)
+    verdict = 'no more than chance can give' if abs(more - less) <= spread else 'more than chance gives'
+    return f'{what}: {more - less:+.2f} percentage points' + (
+        f', {verdict} (± {spread:.2f} for {("one run", "two runs")[alone - 1]} and {TEST_IMAGES:,} test images).'
+        if alone else ' between the medians.')
 
 
 def stable_text(records: list[Record]) -> str:
@@ -138,14 +152,8 @@ def stable_text(records: list[Record]) -> str:
     for less, more, question in (('symmetric', 'symmetric, stable', 'What the guarantee costs'),
                                  ('symmetric, stable', 'symmetric, stable, k = 12', 'What the depth costs')):
         if less in errors and more in errors:
-            share = (errors[less] + errors[more]) / 200
-            spread = 200 * math.sqrt(2 * share * (1 - share) / TEST_IMAGES)
-            difference = errors[more] - errors[less]
-            verdict = 'no more than chance can give' if abs(difference) <= spread else 'more than chance gives'
             alone = len(found[less].finished) == len(found[more].finished) == 1
-            text += ['', f'{question}: {difference:+.2f} percentage points' + (
-                f', {verdict} (± {spread:.2f} for two runs and {TEST_IMAGES:,} test images).' if alone else
-                ' between the medians.')]
+            text += ['', difference_text(question, errors[less], errors[more], 2 * alone)]
     return '\n'.join(text).strip()
 
 

@@ -110,6 +110,13 @@ def test_another_depth_has_a_table_of_its_own() -> None:
     assert f'{deeper} waits for its run | 0 | 8.19 |' in waiting
     runs = [made_up(error=8.5), made_up(error=7.5, model_kwargs=['depth=29'])]
     assert f'{deeper} 7.50 | 1 | 8.19 |' in cards.depth_text(runs)
+    text = cards.depth_text([made_up(error=9.0), runs[1]])
+    assert 'Depth 20 beside the paper’s: +0.81 percentage points, more than chance gives (± 0.56 for one run' in text
+    assert 'Depth 29 beside the paper’s: -0.69 percentage points, more than chance gives (± 0.54 for one run' in text
+    assert 'Depth 20 beside the paper’s: +0.31 percentage points, no more than chance can give' in waiting
+    assert 'Depth 29' not in waiting
+    text = cards.depth_text([made_up(error=9.0), {**made_up(error=9.2), 'seed': 1}])
+    assert 'Depth 20 beside the paper’s: +0.91 percentage points between the medians.' in text and '±' not in text
     assert f'{deeper} waits' in cards.depth_text([made_up(model_kwargs=['depth=29'], limit=9)])
     assert f'{deeper} none | 0 + 1 diverged | 8.19 |' in cards.depth_text([{**runs[1], 'diverged_epoch': 2}])
     assert '| baseline | 8.19 | 8.50 | 1 |' in cards.table_text(paper.TABLES[0], runs, []), 'and is in no other'
