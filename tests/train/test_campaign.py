@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,8 @@ def test_fine_tuning_starts_from_the_plain_backbone_of_its_data_set() -> None:
     tuned = [planned for planned in planned_runs() if planned.run.recipe == FINE_TUNING]
     assert {(planned.start, planned.run.dataset) for planned in tuned} == {
         ('preresnet20.cifar10', 'cifar10'), ('preresnet56.cifar100', 'cifar100')}
+    seeds = Counter(planned.run.architecture for planned in tuned if not planned.run.model_kwargs)
+    assert [count for name, count in seeds.items() if name.startswith('preresnet20')] == [5] * 12
 
 
 def test_every_run_can_be_built() -> None:

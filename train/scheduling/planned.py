@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hub.results import recipe_for
+from timm_nonlocal import paper
 from timm_nonlocal.recipes import FINE_TUNING, PAPER, SHORT, Recipe
 from train.records.runs import Run
 
@@ -64,20 +65,23 @@ def _first() -> Iterator[PlannedRun]:
     yield _planned('preresnet20_nl_proposed_k5', PAPER)
 
 
+def _pairs() -> Iterator[PlannedRun]:
+    """Table 1 by fine-tuning, the other seeds row by row: five pairs are the fewest that decide a claim."""
+    for row in paper.TABLES[0].rows:
+        for seed in range(1, SEEDS):
+            yield _planned(row.architecture, FINE_TUNING, seed=seed)
+
+
 def _tables() -> Iterator[PlannedRun]:
     """Tables 1 and 2 by the paper's recipe, one seed of every row before any has two."""
-    ten = ['', *(f'_nl_original_k{k}' for k in (1, 2, 3, 4)), *(f'_nl_proposed_k{k}' for k in (2, 3, 4, 5, 6)),
-           '_nl_original_k1x3', '_nl_proposed_k1x3']
-    hundred = ['', *(f'_nl_original_k{k}' for k in (2, 3, 4)), *(f'_nl_proposed_k{k}' for k in (2, 3, 4, 5, 6))]
-    names = [f'preresnet20{rest}' for rest in ten] + [f'preresnet56{rest}' for rest in hundred]
     for seed in range(SEEDS):
-        for name in names:
-            yield _planned(name, recipe_for(name, 'paper'), seed=seed)
+        for row in (row for table in paper.TABLES for row in table.rows):
+            yield _planned(row.architecture, recipe_for(row.architecture, 'paper'), seed=seed)
 
 
 def planned_runs() -> list[PlannedRun]:
     """Every run once."""
-    return list({planned.name: planned for planned in (*_first(), *_tables())}.values())
+    return list({planned.name: planned for planned in (*_first(), *_pairs(), *_tables())}.values())
 
 
 def after_divergence(planned: PlannedRun) -> PlannedRun | None:
