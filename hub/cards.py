@@ -122,7 +122,7 @@ def depth_text(records: list[Record]) -> str:
         ours = summary(found.finished)
         error = f'{ours.median:.2f}' if ours else 'none' if found.diverged else 'waits for its run'
         lines.append(f'| {label} | {error} | {found.n} | {theirs:.2f} |')
-        if ours:
+        if ours and theirs is not None:
             said += ['', difference_text(f'Depth {label[:2]} beside the paper’s', theirs, ours.median,
                                          int(len(found.finished) == 1))]
     return '\n'.join(lines + said)

@@ -1,7 +1,7 @@
 """The stage's operator against the plain path in float64, on inputs drawn anew in every run."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -84,6 +84,26 @@ def test_accuracy(device: str, dtype: torch.dtype, logits: float | None, shape: 
 def test_accuracy_of_options(device: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     for module in (NonlocalStage(C, 3, **options), NonlocalBlock(C, **options)):
         assert_accurate(module.to(device, dtype), torch.randn(2, C, 9, 10, dtype=dtype, device=device))
+
+
+@pytest.fixture
+def nan_where_nothing_is_written() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('inner', [7, 20, 32, 80])
+@pytest.mark.parametrize('recompute', [False, True])
+def test_memory_counts_only_once_it_is_written(nan_where_nothing_is_written: None, dtype: torch.dtype, inner: int,
+                                               recompute: bool) -> None:
+    """Some CPUs' kernels read more of a row than they are given."""
+    gaussian: dict[str, Any] = dict(affinity='gaussian', scale=0.02)
+    for module in (NonlocalStage(C, 4, inner_dim=inner, recompute=recompute), NonlocalBlock(C, inner_dim=inner),
+                   NonlocalStage(C, 2, inner_dim=inner, recompute=recompute, **gaussian)):
+        assert_accurate(module.to(dtype), torch.randn(2, C, 5, 9, dtype=dtype))
 
 
 @DEVICES

@@ -46,6 +46,16 @@ def linear_product(a: Tensor, b: Tensor) -> Tensor:
     return product if x is a else product.T
 
 
+def as_rows(z: Tensor) -> Tensor:
+    """(b, M, n) as (b M, n). A copy where a product would read past the end of each row, into what may be NaN.
+
+    oneDNN's kernels for AMX take bfloat16 rows in pieces of 32 and multiply what lies behind the end by zero, which is
+    NaN where memory that nothing was written to holds NaN (its issue 5717).
+    """
+    rows = z.flatten(0, 1)
+    return rows.contiguous() if rows.dtype == torch.bfloat16 and not rows.is_cuda and rows.shape[1] % 32 else rows
+
+
 class ProductBackend:
     """Hⁿ and their gradients in one call of the stage; its buffers are used again for every chunk of images.
 
@@ -118,7 +128,7 @@ class ProductBackend:
         for n in range(0, g.shape[2], self.inner):
             g_n, h_n = (z[:, :, n:n + self.inner] for z in (g, h))
             if n:
-                g_n.view(-1, self.inner).addmm_(h[:, :, :n].flatten(0, 1), t[n:n + self.inner, :n].T)
+                g_n.view(-1, self.inner).addmm_(as_rows(h[:, :, :n]), t[n:n + self.inner, :n].T)
             for block in self.blocks:
                 self._subtract(affinity(block), g_n, g_n[:, block], h_n[:, block])
 
@@ -131,7 +141,7 @@ class ProductBackend:
             end = n + self.inner
             dh_n, dg_n = dh[:, :, n:end], dg[:, :, n:end]
             if end < g.shape[2]:
-                dh_n.view(-1, self.inner).addmm_(dg[:, :, end:].flatten(0, 1), t[end:, n:end])
+                dh_n.view(-1, self.inner).addmm_(as_rows(dg[:, :, end:]), t[end:, n:end])
             back = None  # Aᵀ dHⁿ, (b, M, C'), summed over the rows of A
             for block in self.blocks:
                 a = affinity(block)
