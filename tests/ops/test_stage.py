@@ -87,7 +87,8 @@ def test_accuracy_of_options(device: str, dtype: torch.dtype, options: dict[str,
 
 
 @pytest.fixture
-def nan_where_nothing_is_written() -> Iterator[None]:
+def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.utils.deterministic, 'fill_uninitialized_memory', True)  # training turns it off
     torch.use_deterministic_algorithms(True)
     assert torch.empty(2).isnan().all()
     yield
